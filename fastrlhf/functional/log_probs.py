@@ -1,0 +1,178 @@
+"""Log-probabilities and entropies from logits, in one pass over them."""
+
+import torch
+from torch import Tensor
+
+from fastrlhf import backends  # noqa: F401  (loads the ops)
+from fastrlhf.functional import _checks as check
+
+ops = torch.ops.fastrlhf
+
+
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, inplace_backward: bool = False
+) -> Tensor:
+    """Log-probability of each token under softmax(logits / temperature), in one pass over the logits.
+
+    logits: [..., V], fp32, bf16 or fp16; rows may be strided, the last dimension contiguous.
+    tokens: [...], int64 in [0, V), or -100 for positions to ignore (row not read, result 0, gradient 0).
+    inplace_backward: write the gradient over the logits (they are garbage afterwards; saves V values a row). Under
+        torch.compile the compiler plans the memory and this is ignored; the numbers are the same.
+    Returns [...], fp32, in nats. Gradient to logits, in their dtype. Raises ValueError on shapes, dtypes and devices
+    that don't match, IndexError (CPU) on tokens outside [0, V).
+
+    log p(y) = z_y/T - logsumexp(z/T);  d log p / dz_j = (1[j = y] - p_j) / T.
+    """
+    temperature = _check(logits, tokens, temperature)
+    if inplace_backward and not torch.compiler.is_compiling():
+        return _TokenLogProbsInPlace.apply(logits, tokens, temperature)
+    return ops.token_log_probs(logits, tokens, temperature)[0]
+
+
+def token_log_probs_and_entropy(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, inplace_backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`token_log_probs`, and the entropy of the same distribution softmax(logits / temperature), in the same pass.
+
+    Arguments and errors as for `token_log_probs`. Returns (log_probs, entropy), both [...], fp32, in nats; both carry
+    gradient. A logit of -inf has probability 0 and adds nothing to the entropy.
+
+    H = -sum_j p_j log p_j;  dH / dz_j = -p_j (log p_j + H) / T.
+    """
+    temperature = _check(logits, tokens, temperature)
+    if inplace_backward and not torch.compiler.is_compiling():
+        return _TokenLogProbsAndEntropyInPlace.apply(logits, tokens, temperature)
+    return ops.token_log_probs_and_entropy(logits, tokens, temperature)[:2]
+
+
+def _check(logits: Tensor, tokens: Tensor, temperature: float) -> float:
+    check.tensor("logits", logits)
+    check.tensor("tokens", tokens, dtypes=(torch.int64,))
+    check.same_device("tokens", tokens, "logits", logits)
+    if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"tokens: got shape {tuple(tokens.shape)}, wanted {tuple(logits.shape[:-1])}, the shape of logits "
+            f"{tuple(logits.shape)} without the vocabulary"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one entry in the vocabulary")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"logits: got strides {logits.stride()}, wanted a last stride of 1; call .contiguous()")
+    return check.number("temperature", temperature, above=0.0)
+
+
+# Autograd. The backward passes rebuild p from the logits and their logsumexp; nothing of size [N, V] is kept.
+
+
+def _setup(ctx, inputs, output) -> None:
+    logits, tokens, ctx.temperature = inputs
+    logsumexp = output[-1]
+    ctx.save_for_backward(logits, tokens, *output[1:])
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_log_probs, _grad_logsumexp):
+    if grad_log_probs is None or not ctx.needs_input_grad[0]:
+        return None, None, None
+    return ops.token_log_probs_backward(grad_log_probs, *ctx.saved_tensors, ctx.temperature), None, None
+
+
+def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_logsumexp):
+    if not ctx.needs_input_grad[0] or (grad_log_probs is None and grad_entropy is None):
+        return None, None, None
+    logits, tokens, entropy, logsumexp = ctx.saved_tensors
+    if grad_entropy is None:
+        return ops.token_log_probs_backward(grad_log_probs, logits, tokens, logsumexp, ctx.temperature), None, None
+    if grad_log_probs is None:
+        grad_log_probs = torch.zeros_like(grad_entropy)
+    grad = ops.token_log_probs_and_entropy_backward(
+        grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, ctx.temperature
+    )
+    return grad, None, None
+
+
+torch.library.register_autograd("fastrlhf::token_log_probs", _backward, setup_context=_setup)
+torch.library.register_autograd("fastrlhf::token_log_probs_and_entropy", _backward_with_entropy, setup_context=_setup)
+
+
+class _TokenLogProbsInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        log_probs, logsumexp = ops.token_log_probs(logits, tokens, temperature)
+        ctx.save_for_backward(logits, tokens, logsumexp)
+        ctx.temperature = temperature
+        return log_probs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_log_probs):
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        logits, tokens, logsumexp = ctx.saved_tensors
+        return _overwrite(
+            logits, ops.token_log_probs_backward_, grad_log_probs, logits, tokens, logsumexp, ctx.temperature
+        )
+
+
+class _TokenLogProbsAndEntropyInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        log_probs, entropy, logsumexp = ops.token_log_probs_and_entropy(logits, tokens, temperature)
+        ctx.save_for_backward(logits, tokens, logsumexp, entropy)
+        ctx.temperature = temperature
+        return log_probs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_log_probs, grad_entropy):
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        logits, *saved = ctx.saved_tensors
+        op = ops.token_log_probs_and_entropy_backward_
+        return _overwrite(logits, op, grad_log_probs, grad_entropy, logits, *saved, ctx.temperature)
+
+
+def _overwrite(logits: Tensor, op, *args) -> tuple[Tensor, None, None]:
+    logits = logits.detach()
+    op(*args)
+    # Whoever else saved these logits for a backward pass, or runs this one twice, gets torch's error and not garbage.
+    torch.autograd.graph.increment_version(logits)
+    return logits, None, None
+
+
+# Shapes.
+
+
+@torch.library.register_fake("fastrlhf::token_log_probs")
+def _(logits, tokens, temperature):
+    return _fp32(tokens), _fp32(tokens)
+
+
+@torch.library.register_fake("fastrlhf::token_log_probs_and_entropy")
+def _(logits, tokens, temperature):
+    return _fp32(tokens), _fp32(tokens), _fp32(tokens)
+
+
+@torch.library.register_fake("fastrlhf::token_log_probs_backward")
+def _(grad_log_probs, logits, tokens, logsumexp, temperature):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("fastrlhf::token_log_probs_and_entropy_backward")
+def _(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("fastrlhf::token_log_probs_backward_")
+def _(grad_log_probs, logits, tokens, logsumexp, temperature):
+    return None
+
+
+@torch.library.register_fake("fastrlhf::token_log_probs_and_entropy_backward_")
+def _(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
+    return None
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
