@@ -1,0 +1,114 @@
+"""The GPU kernels as machine code, without a GPU: what bench/gpu_audit.py requires, and that it would notice."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the GPU kernels are written in Triton")
+import triton.language as tl  # noqa: E402
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set, so there is no compiler to look at", allow_module_level=True)
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "gpu_audit.py"
+spec = importlib.util.spec_from_file_location("gpu_audit", SCRIPT)
+gpu_audit = importlib.util.module_from_spec(spec)
+sys.modules["gpu_audit"] = gpu_audit  # dataclasses look their module up
+spec.loader.exec_module(gpu_audit)
+
+OPS = [f"token_log_probs{entropy}{backward}" for entropy in ("", "_and_entropy") for backward in ("", "_backward")]
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory):
+    """{(op, dtype, arch): audit}, by running the script as `make gpu-audit` does."""
+    path = tmp_path_factory.mktemp("audit") / "audit.json"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(SCRIPT), "--json", str(path)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return {(a["op"], a["dtype"], a["arch"]): a for a in json.loads(path.read_text())}
+
+
+def test_every_op_dtype_and_architecture_is_there(audits):
+    dtypes = ("float32", "bfloat16", "float16")
+    assert {(op, dtype, arch) for op in OPS for dtype in dtypes for arch in (80, 90, 100)} <= set(audits)
+
+
+def test_nothing_spills(audits):
+    assert {a["spills"] for a in audits.values()} == {0}
+
+
+def test_loops_over_the_vocabulary_move_128_bits_an_access(audits):
+    for (op, _, _), a in audits.items():
+        assert set(a["loads"]) == {"128"}
+        assert set(a["stores"]) == ({"128"} if op.endswith("backward") else set())
+
+
+def test_bug_liger_and_trl_recompile_for_every_length_and_temperature(audits):
+    assert {a["binaries"] for a in audits.values()} == {1}
+
+
+def test_four_blocks_fit_on_a_multiprocessor(audits):
+    """Latency is hidden by loads in flight: 4 blocks x 128 threads x 4 loads x 16 bytes are 32 KiB."""
+    for a in audits.values():
+        assert a["registers"] * 128 * 4 <= 65_536
+        assert a["shared"] * 4 <= 64 * 1024
+
+
+# -------------------------------------------------------------------------------------------- would it notice?
+
+
+@triton.jit
+def narrow_kernel(x_ptr, V, lanes: tl.constexpr):
+    for start in range(0, V, lanes):
+        at = x_ptr + start + tl.arange(0, lanes)
+        tl.store(at, tl.load(at) + 1)
+
+
+@triton.jit
+def spilling_kernel(x_ptr, V, lanes: tl.constexpr):
+    for start in range(0, V, lanes):
+        at = x_ptr + start + tl.arange(0, lanes)
+        x = tl.load(at)
+        tl.store(at, tl.cumsum(tl.sort(x), 0) + tl.exp(x) + tl.sin(x))
+
+
+def compiled(kernel, *arguments, **options):
+    with gpu_audit.compile_only(90) as launches:
+        for args in arguments:
+            kernel[(1,)](*args, **options)
+    binaries = list({id(binary): binary for _, _, binary in launches}.values())
+    return gpu_audit.inspect("some_op", torch.float32, 90, binaries)
+
+
+def test_narrow_accesses_are_noticed():
+    x = torch.zeros(4097)
+    assert compiled(narrow_kernel, (x, 4096, 1024)).problems == []
+    (problem,) = compiled(narrow_kernel, (x[1:], 4096, 1024)).problems  # not at a 16-byte boundary
+    assert "narrower than 128 bits" in problem
+
+
+def test_spills_are_noticed():
+    problems = compiled(spilling_kernel, (torch.zeros(4096), 4096, 4096), num_warps=1, maxnreg=32).problems
+    assert any("spills" in problem for problem in problems)
+
+
+def test_recompilation_is_noticed():
+    x = torch.zeros(4096)
+    (problem,) = compiled(narrow_kernel, (x, 4096, 1024), (x, 4095, 1024)).problems
+    assert "2 binaries" in problem
+
+
+def test_a_kernel_that_nobody_launches_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "new.py").write_text(
+        "import triton\n\n\n@triton.jit\ndef _new_kernel(x_ptr):\n    pass\n",
+    )
+    monkeypatch.setattr(gpu_audit, "KERNELS", tmp_path)
+    with pytest.raises(SystemExit, match=r"new\.py has kernels but no entry"):
+        gpu_audit.audit([90])
