@@ -1,0 +1,122 @@
+"""The command `fastrlhf`: picks the sub-command and shows errors as one line. Heavy imports wait until needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata, util
+
+USAGE = """\
+usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
+
+  sft       supervised fine-tuning of a language model
+  reward    a reward model from pairs of a chosen and a rejected text
+  ppo       PPO of a language model against reward models and functions
+  demo      the whole way on real human ratings, on a laptop
+  env       versions, the machine, and which backend serves which op
+
+Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
+--debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for an error the user can mend, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or os.environ.get("FASTRLHF_DEBUG", "") not in ("", "0")
+    argv = [arg for arg in argv if arg != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command in ("-V", "--version"):
+        print(metadata.version("fastrlhf"))
+        return 0
+    if command not in COMMANDS:
+        print(f"fastrlhf: error: no command {command!r}, wanted one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+
+    # Fresh pages are most of the cost of a large CPU tensor, and the loop makes many. Huge pages make them up to five
+    # times cheaper. torch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        COMMANDS[command](rest)
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastrlhf {command}: error: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(
+            f"fastrlhf {command}: interrupted. The same command continues from the last checkpoint, if there is one.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _train(command: str):
+    def run(argv: list[str]) -> None:
+        from fastrlhf.cli_train import train
+
+        train(command, argv)
+
+    return run
+
+
+def demo(argv: list[str]) -> None:
+    from fastrlhf.demo import run_from_command_line
+
+    run_from_command_line(argv)
+
+
+def env(argv: list[str]) -> None:
+    """Prints versions, the machine, and for every op the backend that serves it."""
+    if argv:
+        raise ValueError(f"env takes no arguments, {' '.join(argv)!r} given")
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    facts.add_row("python", sys.version.split()[0])
+    for package in ("fastrlhf", "torch", "transformers", "datasets", "peft", "triton", "flash-attn"):
+        facts.add_row(package, _version(package))
+    facts.add_row("CPU capability of torch", torch.backends.cpu.get_cpu_capability())
+    facts.add_row("threads", str(torch.get_num_threads()))
+    facts.add_row("GPU", _gpus())
+    facts.add_row(
+        "FASTRLHF_BACKEND", os.environ.get("FASTRLHF_BACKEND") or "not set: the fastest backend serves each op"
+    )
+    console.print(facts)
+
+    from fastrlhf.backends import backend_table
+
+    ops = Table(title="Which backend serves which op")
+    for column in ("op", "cpu", "cuda", "other devices"):
+        ops.add_column(column, overflow="fold")
+    for op, backend in backend_table().items():
+        ops.add_row(op, backend["cpu"], backend["cuda"], backend["other"])
+    console.print(ops)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "there, version unknown" if util.find_spec(package.replace("-", "_")) else "not installed"
+
+
+def _gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+COMMANDS = {"sft": _train("sft"), "reward": _train("reward"), "ppo": _train("ppo"), "demo": demo, "env": env}
