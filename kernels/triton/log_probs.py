@@ -373,7 +373,8 @@ def token_log_probs(logits, tokens, temperature):
     """Log-probability of each token under softmax(logits / temperature), and the logsumexp the backward needs.
 
     logits: [..., V], fp32, bf16 or fp16; any strides but the last, which is 1. tokens: [...], int64, -100 = ignored.
-    Returns log_probs [...] and logsumexp(logits / temperature) [...], fp32, 0 where ignored.
+    Returns log_probs [...] and logsumexp(logits / temperature) [...], fp32, 0 where ignored. A GPU cannot raise for a
+    token outside [0, V) without a host sync: it reads nothing and gives NaN.
     """
     log_probs, _, logsumexp = _forward(logits, tokens, temperature, entropy=False)
     return log_probs, logsumexp
