@@ -1,0 +1,35 @@
+// From the capability that was chosen to the kernels of that build.
+
+#include "capability.h"
+#include "kernels/tables.h"
+
+#define FASTRLHF_TABLE(capability)                                                                          \
+  {capability::log_probs, capability::log_probs_backward, capability::kl,      capability::gae,             \
+   capability::ppo,       capability::value,              capability::moments, capability::whiten}
+
+FASTRLHF_DECLARE_KERNELS(portable)
+#if defined(FASTRLHF_HAVE_X86_BUILDS)
+FASTRLHF_DECLARE_KERNELS(avx2)
+FASTRLHF_DECLARE_KERNELS(avx512)
+#endif
+
+namespace fastrlhf {
+
+const Kernels& kernels() {
+  static const Kernels table_portable = FASTRLHF_TABLE(portable);
+#if defined(FASTRLHF_HAVE_X86_BUILDS)
+  static const Kernels table_avx2 = FASTRLHF_TABLE(avx2);
+  static const Kernels table_avx512 = FASTRLHF_TABLE(avx512);
+  switch (cpu_capability()) {
+    case Capability::avx512:
+      return table_avx512;
+    case Capability::avx2:
+      return table_avx2;
+    case Capability::portable:
+      break;
+  }
+#endif
+  return table_portable;
+}
+
+}  // namespace fastrlhf

@@ -1,0 +1,150 @@
+// The table of CPU kernels, and their arguments: plain memory, so that the hot files need nothing of torch.
+//
+// Every kernel works on a range [begin, end) of rows, units or elements and is called from several threads at once; what
+// it computes for one of them does not depend on how the range was cut.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastrlhf {
+
+enum DType { kFloat32, kBFloat16, kFloat16 };
+// The enumerations of the raw ops; fastrlhf/fallback.py has them by name.
+enum KlEstimator { kK1, kK2, kK3, kAbs };
+enum MaskMode { kCarry, kZero, kNone };
+enum Aggregation { kTokenMean, kSeqMeanTokenSum, kSeqMeanTokenMean };
+
+constexpr int64_t kIgnored = -100;
+
+struct LogProbArgs {
+  const void* logits;
+  const int64_t* row_offset;  // in elements, for rows that lie anywhere
+  const int64_t* tokens;
+  int64_t vocabulary;
+  DType dtype;
+  float temperature;
+  float* log_probs;
+  float* entropy;  // null: not wanted
+  float* logsumexp;
+};
+
+struct LogProbGradArgs {
+  const void* logits;
+  const int64_t* row_offset;
+  void* grad_logits;  // may be the logits themselves
+  const int64_t* grad_row_offset;
+  const int64_t* tokens;
+  int64_t vocabulary;
+  DType dtype;
+  float temperature;
+  const float* grad_log_probs;
+  const float* grad_entropy;  // null: no entropy was asked for
+  const float* logsumexp;
+  const float* entropy;
+};
+
+// [rows, columns] cut into units of at most `length` columns. A unit is summed by one thread, units are added up in
+// order: results are the same for every number of threads.
+struct Units {
+  int64_t rows, columns, length, per_row;
+};
+
+struct Moments {
+  double count, mean, squares;  // squares: sum of (x - mean)^2
+};
+
+struct MomentsArgs {
+  const float* x;
+  const uint8_t* mask;
+  Units units;
+  Moments* result;  // one for each unit
+};
+
+struct WhitenArgs {
+  const float* x;
+  const uint8_t* mask;
+  float* whitened;
+  float mean, rstd, shift;  // (x - mean) * rstd + shift
+};
+
+struct KlArgs {
+  const float* log_probs;
+  const float* ref_log_probs;
+  const float* grad;  // null: write the value, else grad times the slope
+  float* result;
+  int estimator;
+  float clamp_input, clamp_output;
+};
+
+struct GaeArgs {
+  const float* rewards;
+  const float* values;
+  const uint8_t* mask;            // null: everything counts
+  const float* bootstrap_values;  // null: 0
+  float* advantages;
+  float* returns;
+  int64_t length;
+  float gamma, lam;
+  MaskMode mask_mode;
+};
+
+struct PpoSums {
+  double surrogate, approx_kl, clipped, dual_clipped, ratio, entropy, kl;
+  float ratio_min, ratio_max;
+};
+
+struct PpoArgs {
+  const float* log_probs;
+  const float* old_log_probs;
+  const float* advantages;
+  const uint8_t* mask;
+  const float* weights;        // null: 1
+  const float* entropy;        // null: none
+  const float* ref_log_probs;  // null: none
+  Units units;
+  const int64_t* counts;  // tokens that count, in each unit
+  double denominator;     // what the sum over units is divided by
+  float advantage_mean, advantage_rstd;
+  float clip_low, clip_high;  // the bounds 1 - low and 1 + high
+  float dual_clip, log_ratio_clamp, entropy_coef, kl_coef;
+  int kl_estimator;
+  bool sequence_ratio, per_token_mean;  // per_token_mean: divide a unit's sum by its count
+  float* grad_log_probs;                // null: not wanted
+  float* grad_entropy;                  // null: not wanted
+  PpoSums* result;                      // one for each unit, not yet divided by anything
+};
+
+struct ValueSums {
+  double loss, clipped;
+  Moments value, target, error;  // error: target - value
+};
+
+struct ValueArgs {
+  const float* values;
+  const float* old_values;  // null: no clip
+  const float* returns;
+  const uint8_t* mask;
+  Units units;
+  const int64_t* counts;
+  double denominator;
+  float clip;
+  bool per_token_mean;
+  float* grad_values;  // null: not wanted
+  ValueSums* result;
+};
+
+struct Kernels {
+  void (*log_probs)(const LogProbArgs&, int64_t begin, int64_t end);
+  void (*log_probs_backward)(const LogProbGradArgs&, int64_t begin, int64_t end);
+  void (*kl)(const KlArgs&, int64_t begin, int64_t end);
+  void (*gae)(const GaeArgs&, int64_t begin, int64_t end);
+  void (*ppo)(const PpoArgs&, int64_t begin, int64_t end);
+  void (*value)(const ValueArgs&, int64_t begin, int64_t end);
+  void (*moments)(const MomentsArgs&, int64_t begin, int64_t end);
+  void (*whiten)(const WhitenArgs&, int64_t begin, int64_t end);
+};
+
+// The table for cpu_capability().
+const Kernels& kernels();
+
+}  // namespace fastrlhf

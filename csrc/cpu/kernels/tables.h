@@ -1,0 +1,22 @@
+// The kernels that the hot files define in the namespace of each capability.
+#pragma once
+
+#include "../kernels.h"
+
+#define FASTRLHF_DECLARE_KERNELS(capability)                                              \
+  namespace fastrlhf {                                                                    \
+  namespace capability {                                                                  \
+  void log_probs(const LogProbArgs&, int64_t begin, int64_t end);                         \
+  void log_probs_backward(const LogProbGradArgs&, int64_t begin, int64_t end);            \
+  void kl(const KlArgs&, int64_t begin, int64_t end);                                     \
+  void gae(const GaeArgs&, int64_t begin, int64_t end);                                   \
+  void ppo(const PpoArgs&, int64_t begin, int64_t end);                                   \
+  void value(const ValueArgs&, int64_t begin, int64_t end);                               \
+  void moments(const MomentsArgs&, int64_t begin, int64_t end);                           \
+  void whiten(const WhitenArgs&, int64_t begin, int64_t end);                             \
+  }                                                                                       \
+  }
+
+#if defined(FASTRLHF_CAPABILITY)
+FASTRLHF_DECLARE_KERNELS(FASTRLHF_CAPABILITY)
+#endif

@@ -1,0 +1,47 @@
+// Where a unit of `Units` lies in memory, for the kernels. See ../kernels.h.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fastrlhf {
+namespace FASTRLHF_CAPABILITY {
+
+struct Span {
+  int64_t start, length;
+};
+
+FASTRLHF_INLINE Span span_of(const Units& units, int64_t unit) {
+  const int64_t row = unit / units.per_row, column = unit % units.per_row * units.length;
+  const int64_t rest = units.columns - column;
+  return {row * units.columns + column, rest < units.length ? rest : units.length};
+}
+
+// fp32 lanes are emptied into doubles this often (in elements): long sums stay as exact as torch's pairwise ones.
+constexpr int64_t kFlush = 32 * kWidth;
+
+// Calls body(i, n) for the vectors of [0, length): n elements from i on, n < kWidth only in the last one; after
+// every kFlush elements and at the end, flush().
+template <class Body, class Flush>
+FASTRLHF_INLINE void for_each_vector(int64_t length, const Body& body, const Flush& flush) {
+  for (int64_t block = 0; block < length; block += kFlush) {
+    const int64_t stop = length - block < kFlush ? length : block + kFlush;
+    int64_t i = block;
+    for (; i + kWidth <= stop; i += kWidth) body(i, kWidth);
+    if (i < stop) body(i, static_cast<int>(stop - i));
+    flush();
+  }
+}
+
+// A sum in fp32 lanes that empties into a double.
+struct Sum {
+  Vec lanes = Vec(0.0f);
+  double total = 0.0;
+};
+FASTRLHF_INLINE void add(Sum& sum_so_far, Vec x) { sum_so_far.lanes = sum_so_far.lanes + x; }
+FASTRLHF_INLINE void flush(Sum& sum_so_far) {
+  sum_so_far.total += sum(sum_so_far.lanes);
+  sum_so_far.lanes = Vec(0.0f);
+}
+
+}  // namespace FASTRLHF_CAPABILITY
+}  // namespace fastrlhf

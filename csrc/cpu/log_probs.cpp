@@ -1,0 +1,150 @@
+// token_log_probs, with and without entropy, on CPU: torch-facing side. The arithmetic is in kernels/log_probs.cpp.
+
+#include "tensors.h"
+
+namespace fastrlhf {
+namespace {
+
+DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      throw std::invalid_argument("logits: wanted float32, bfloat16 or float16");
+  }
+}
+
+// Where each row of x[..., V] starts, in elements; rows may lie anywhere (logits[:, :-1] needs no copy).
+std::vector<int64_t> row_offsets(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t leading = x.dim() - 1;
+  std::vector<int64_t> offsets = {0};
+  for (int64_t d = 0; d < leading; ++d) {
+    std::vector<int64_t> finer;
+    finer.reserve(offsets.size() * sizes[d]);
+    for (const int64_t offset : offsets)
+      for (int64_t i = 0; i < sizes[d]; ++i) finer.push_back(offset + i * strides[d]);
+    offsets.swap(finer);
+  }
+  return offsets;
+}
+
+void check_logits(const Tensor& logits, const Tensor& tokens) {
+  require(logits.is_cpu() && logits.dim() >= 1 && logits.size(-1) >= 1, "logits", "[..., V] on CPU, V >= 1");
+  require(logits.size(-1) == 1 || logits.stride(-1) == 1, "logits", "a contiguous last dimension");
+  bool matches = tokens.is_cpu() && tokens.scalar_type() == ScalarType::Long && tokens.dim() == logits.dim() - 1;
+  for (int64_t d = 0; matches && d < tokens.dim(); ++d) matches = tokens.size(d) == logits.size(d);
+  require(matches, "tokens", "int64 on CPU, in the shape of logits without the vocabulary");
+}
+
+void check_temperature(double temperature) {
+  require(temperature > 0.0 && temperature < __builtin_inf(), "temperature", "a positive finite number");
+}
+
+Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
+  Tensor flat = tokens.is_contiguous() ? tokens : torch::stable::contiguous(tokens);
+  const auto* ids = static_cast<const int64_t*>(flat.const_data_ptr());
+  for (int64_t i = 0, n = flat.numel(); i < n; ++i)
+    if (ids[i] != kIgnored && (ids[i] < 0 || ids[i] >= vocabulary))
+      throw std::out_of_range("tokens: got " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
+                              ", wanted a token in [0, " + std::to_string(vocabulary) + "), or -100 to ignore it");
+  return flat;
+}
+
+const int64_t* read_tokens(const Tensor& tokens) { return static_cast<const int64_t*>(tokens.const_data_ptr()); }
+
+void forward(const Tensor& logits, const Tensor& tokens, double temperature, const Tensor& log_probs, float* entropy,
+             const Tensor& logsumexp) {
+  check_logits(logits, tokens);
+  check_temperature(temperature);
+  const int64_t vocabulary = logits.size(-1);
+  const Tensor flat_tokens = checked_tokens(tokens, vocabulary);
+  const auto offsets = row_offsets(logits);
+  const LogProbArgs args = {logits.const_data_ptr(),  offsets.data(),   read_tokens(flat_tokens),
+                            vocabulary,               dtype_of(logits), static_cast<float>(temperature),
+                            write(log_probs),         entropy,          write(logsumexp)};
+  run(kernels().log_probs, args, tokens.numel(), 1);
+}
+
+void backward(const Tensor& grad_log_probs, const OptionalTensor& grad_entropy, const Tensor& logits,
+              const Tensor& tokens, const Tensor& logsumexp, const OptionalTensor& entropy, double temperature,
+              const Tensor& grad_logits) {
+  check_logits(logits, tokens);
+  check_temperature(temperature);
+  const int64_t vocabulary = logits.size(-1);
+  const Tensor flat_tokens = checked_tokens(tokens, vocabulary);
+  const Tensor g = floats("grad_log_probs", grad_log_probs, tokens), lse = floats("logsumexp", logsumexp, tokens);
+  const OptionalTensor h = floats("grad_entropy", grad_entropy, tokens), ent = floats("entropy", entropy, tokens);
+  const auto offsets = row_offsets(logits), grad_offsets = row_offsets(grad_logits);
+  const LogProbGradArgs args = {logits.const_data_ptr(),
+                                offsets.data(),
+                                grad_logits.mutable_data_ptr(),
+                                grad_offsets.data(),
+                                read_tokens(flat_tokens),
+                                vocabulary,
+                                dtype_of(logits),
+                                static_cast<float>(temperature),
+                                read(g),
+                                read(h),
+                                read(lse),
+                                read(ent)};
+  run(kernels().log_probs_backward, args, tokens.numel(), 1);
+}
+
+std::tuple<Tensor, Tensor> token_log_probs(const Tensor& logits, const Tensor& tokens, double temperature) {
+  Tensor log_probs = new_floats_like(tokens), logsumexp = new_floats_like(tokens);
+  forward(logits, tokens, temperature, log_probs, nullptr, logsumexp);
+  return {log_probs, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_log_probs_and_entropy(const Tensor& logits, const Tensor& tokens,
+                                                               double temperature) {
+  Tensor log_probs = new_floats_like(tokens), entropy = new_floats_like(tokens), logsumexp = new_floats_like(tokens);
+  forward(logits, tokens, temperature, log_probs, write(entropy), logsumexp);
+  return {log_probs, entropy, logsumexp};
+}
+
+Tensor new_logits_like(const Tensor& logits) { return torch::stable::empty(logits.sizes(), logits.scalar_type()); }
+
+Tensor token_log_probs_backward(const Tensor& grad_log_probs, const Tensor& logits, const Tensor& tokens,
+                                const Tensor& logsumexp, double temperature) {
+  Tensor grad_logits = new_logits_like(logits);
+  backward(grad_log_probs, std::nullopt, logits, tokens, logsumexp, std::nullopt, temperature, grad_logits);
+  return grad_logits;
+}
+
+Tensor token_log_probs_and_entropy_backward(const Tensor& grad_log_probs, const Tensor& grad_entropy,
+                                            const Tensor& logits, const Tensor& tokens, const Tensor& logsumexp,
+                                            const Tensor& entropy, double temperature) {
+  Tensor grad_logits = new_logits_like(logits);
+  backward(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature, grad_logits);
+  return grad_logits;
+}
+
+void token_log_probs_backward_(const Tensor& grad_log_probs, const Tensor& logits, const Tensor& tokens,
+                               const Tensor& logsumexp, double temperature) {
+  backward(grad_log_probs, std::nullopt, logits, tokens, logsumexp, std::nullopt, temperature, logits);
+}
+
+void token_log_probs_and_entropy_backward_(const Tensor& grad_log_probs, const Tensor& grad_entropy,
+                                           const Tensor& logits, const Tensor& tokens, const Tensor& logsumexp,
+                                           const Tensor& entropy, double temperature) {
+  backward(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature, logits);
+}
+
+}  // namespace
+}  // namespace fastrlhf
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) {
+  if (fastrlhf::reference_is_forced()) return;
+  m.impl("token_log_probs", TORCH_BOX(&fastrlhf::token_log_probs));
+  m.impl("token_log_probs_and_entropy", TORCH_BOX(&fastrlhf::token_log_probs_and_entropy));
+  m.impl("token_log_probs_backward", TORCH_BOX(&fastrlhf::token_log_probs_backward));
+  m.impl("token_log_probs_and_entropy_backward", TORCH_BOX(&fastrlhf::token_log_probs_and_entropy_backward));
+  m.impl("token_log_probs_backward_", TORCH_BOX(&fastrlhf::token_log_probs_backward_));
+  m.impl("token_log_probs_and_entropy_backward_", TORCH_BOX(&fastrlhf::token_log_probs_and_entropy_backward_));
+}

@@ -1,0 +1,211 @@
+// ppo_loss, value_loss and pairwise_reward_loss on CPU: torch-facing side. Counts the tokens, runs the kernel over units
+// and adds the units up in order.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "tensors.h"
+
+namespace fastrlhf {
+namespace {
+
+// How a loss is divided: over units of fixed length for a mean over tokens, over sequences for everything else.
+struct Division {
+  Units units;
+  std::vector<int64_t> counts;
+  double tokens = 0.0, denominator = 0.0;
+  bool per_token_mean;
+};
+
+Division divide(const Tensor& x, const Tensor& mask, const OptionalTensor& denominator, int64_t aggregation,
+                bool by_sequence) {
+  require(aggregation >= kTokenMean && aggregation <= kSeqMeanTokenMean, "aggregation",
+          "0 to 2: token-mean, seq-mean-token-sum, seq-mean-token-mean");
+  by_sequence = by_sequence || aggregation != kTokenMean;
+  require(!by_sequence || x.dim() == 2, "the first argument", "[B, T], because sequences are aggregated");
+  Division d;
+  d.units = by_sequence ? row_units(x.size(0), x.size(1)) : flat_units(x.numel());
+  d.counts = count_units(read_mask(mask), d.units);
+  d.per_token_mean = aggregation == kSeqMeanTokenMean;
+  double sequences = 0.0;
+  for (const int64_t n : d.counts) {
+    d.tokens += static_cast<double>(n);
+    sequences += n > 0 ? 1.0 : 0.0;
+  }
+  d.denominator = aggregation == kTokenMean ? d.tokens : sequences;
+  if (denominator.has_value()) {
+    require(denominator->is_cpu() && denominator->scalar_type() == ScalarType::Float && denominator->numel() == 1,
+            "denominator", "one fp32 number on CPU");
+    d.denominator = *read(*denominator);
+  }
+  return d;
+}
+
+double ratio_or_zero(double total, double count) { return count == 0.0 ? 0.0 : total / count; }
+
+Tensor grad_like(const Tensor& x, bool wanted) { return wanted ? new_floats_like(x) : new_floats({0}); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
+    const Tensor& log_probs, const Tensor& old_log_probs, const Tensor& advantages, const Tensor& mask,
+    const OptionalTensor& weights, const OptionalTensor& advantage_stats, const OptionalTensor& entropy,
+    const OptionalTensor& ref_log_probs, const OptionalTensor& denominator, double clip_low, double clip_high,
+    double dual_clip, double log_ratio_clamp, double entropy_coef, double kl_coef, int64_t kl_estimator,
+    bool sequence_ratio, int64_t aggregation, bool needs_grad) {
+  const Tensor lp = floats("log_probs", log_probs, log_probs);
+  const Tensor old = floats("old_log_probs", old_log_probs, log_probs);
+  const Tensor adv = floats("advantages", advantages, log_probs);
+  const Tensor kept = bools("mask", mask, log_probs);
+  const OptionalTensor w = floats("weights", weights, log_probs), ent = floats("entropy", entropy, log_probs),
+                       ref = floats("ref_log_probs", ref_log_probs, log_probs);
+  require(kl_estimator >= kK1 && kl_estimator <= kAbs, "kl_estimator", "0 to 3: k1, k2, k3, abs");
+  float mean = 0.0f, rstd = 1.0f;
+  if (advantage_stats.has_value()) {
+    require(advantage_stats->dim() == 1 && advantage_stats->size(0) == 2, "advantage_stats", "[2]: mean and 1/std");
+    const Tensor stats = floats("advantage_stats", *advantage_stats, *advantage_stats);
+    mean = read(stats)[0];
+    rstd = read(stats)[1];
+  }
+
+  const Division d = divide(lp, kept, denominator, aggregation, sequence_ratio);
+  Tensor grad_log_probs = grad_like(lp, needs_grad), grad_entropy = grad_like(lp, needs_grad && ent.has_value());
+  std::vector<PpoSums> parts(number_of(d.units));
+  const PpoArgs args = {read(lp),
+                        read(old),
+                        read(adv),
+                        read_mask(kept),
+                        read(w),
+                        read(ent),
+                        read(ref),
+                        d.units,
+                        d.counts.data(),
+                        d.denominator,
+                        mean,
+                        rstd,
+                        static_cast<float>(1.0 - clip_low),
+                        static_cast<float>(1.0 + clip_high),
+                        static_cast<float>(dual_clip),
+                        static_cast<float>(log_ratio_clamp),
+                        static_cast<float>(entropy_coef),
+                        static_cast<float>(kl_coef),
+                        static_cast<int>(kl_estimator),
+                        sequence_ratio,
+                        d.per_token_mean,
+                        needs_grad ? write(grad_log_probs) : nullptr,
+                        needs_grad && ent.has_value() ? write(grad_entropy) : nullptr,
+                        parts.data()};
+  run(kernels().ppo, args, number_of(d.units), 1 + kUnit / d.units.length);
+
+  PpoSums total = {};
+  double policy_loss = 0.0, kl_loss = 0.0, entropy_loss = 0.0;
+  total.ratio_min = std::numeric_limits<float>::infinity();
+  total.ratio_max = -total.ratio_min;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (d.counts[i] == 0) continue;
+    const double share = d.per_token_mean ? 1.0 / d.counts[i] : 1.0;
+    policy_loss += parts[i].surrogate * share;
+    kl_loss += parts[i].kl * share;
+    entropy_loss += parts[i].entropy * share;
+    total.approx_kl += parts[i].approx_kl;
+    total.clipped += parts[i].clipped;
+    total.dual_clipped += parts[i].dual_clipped;
+    total.ratio += parts[i].ratio;
+    total.entropy += parts[i].entropy;
+    total.kl += parts[i].kl;
+    total.ratio_min = std::min(total.ratio_min, parts[i].ratio_min);
+    total.ratio_max = std::max(total.ratio_max, parts[i].ratio_max);
+  }
+  double loss = policy_loss;
+  if (ref.has_value()) loss += kl_coef * kl_loss;
+  if (ent.has_value()) loss -= entropy_coef * entropy_loss;
+
+  Tensor stats = new_floats({10});
+  const double n = d.tokens;
+  const double numbers[] = {ratio_or_zero(policy_loss, d.denominator),
+                            ratio_or_zero(total.approx_kl, n),
+                            ratio_or_zero(total.clipped, n),
+                            ratio_or_zero(total.dual_clipped, n),
+                            ratio_or_zero(total.ratio, n),
+                            n == 0.0 ? 0.0 : total.ratio_min,
+                            n == 0.0 ? 0.0 : total.ratio_max,
+                            ratio_or_zero(total.entropy, n),
+                            ratio_or_zero(total.kl, n),
+                            n};
+  std::copy(std::begin(numbers), std::end(numbers), write(stats));
+  return {scalar(ratio_or_zero(loss, d.denominator)), stats, grad_log_probs, grad_entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const OptionalTensor& old_values,
+                                              const Tensor& returns, const Tensor& mask,
+                                              const OptionalTensor& denominator, double clip, int64_t aggregation,
+                                              bool needs_grad) {
+  const Tensor v = floats("values", values, values), r = floats("returns", returns, values);
+  const Tensor kept = bools("mask", mask, values);
+  const OptionalTensor old = floats("old_values", old_values, values);
+  const Division d = divide(v, kept, denominator, aggregation, false);
+  Tensor grad = grad_like(v, needs_grad);
+  std::vector<ValueSums> parts(number_of(d.units));
+  const ValueArgs args = {read(v),         read(old), read(r),       read_mask(kept),
+                          d.units,         d.counts.data(),          d.denominator,
+                          static_cast<float>(clip),   d.per_token_mean, needs_grad ? write(grad) : nullptr,
+                          parts.data()};
+  run(kernels().value, args, number_of(d.units), 1 + kUnit / d.units.length);
+
+  double loss = 0.0, clipped = 0.0;
+  Moments value = {0.0, 0.0, 0.0}, target = value, error = value;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (d.counts[i] == 0) continue;
+    loss += parts[i].loss * (d.per_token_mean ? 1.0 / d.counts[i] : 1.0);
+    clipped += parts[i].clipped;
+    value = combine(value, parts[i].value);
+    target = combine(target, parts[i].target);
+    error = combine(error, parts[i].error);
+  }
+  Tensor stats = new_floats({5});
+  const double numbers[] = {ratio_or_zero(clipped, d.tokens), value.mean, target.mean,
+                            target.squares > 0.0 ? 1.0 - error.squares / target.squares : 0.0, d.tokens};
+  std::copy(std::begin(numbers), std::end(numbers), write(stats));
+  return {scalar(ratio_or_zero(loss, d.denominator)), stats, grad};
+}
+
+// A pair is two numbers; there are never enough of them to need more than this loop.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_reward_loss(const Tensor& chosen, const Tensor& rejected,
+                                                                const OptionalTensor& margin, double center_coef,
+                                                                bool needs_grad) {
+  const Tensor c = floats("chosen", chosen, chosen), r = floats("rejected", rejected, chosen);
+  const OptionalTensor m = floats("margin", margin, chosen);
+  Tensor grad_chosen = grad_like(c, needs_grad), grad_rejected = grad_like(c, needs_grad);
+  const int64_t n = c.numel();
+  const double share = n == 0 ? 0.0 : 1.0 / static_cast<double>(n);
+  double loss = 0.0, won = 0.0, difference = 0.0, sum_chosen = 0.0, sum_rejected = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double a = read(c)[i], b = read(r)[i], d = a - b, both = a + b;
+    const double x = m.has_value() ? d - read(m)[i] : d;
+    const double tail = std::exp(-std::abs(x));                // exp never overflows this way round
+    loss += std::max(-x, 0.0) + std::log1p(tail) + center_coef * both * both;
+    if (std::isnan(x)) loss = x;  // std::max may have dropped it
+    won += d > 0.0 ? 1.0 : d == 0.0 ? 0.5 : 0.0;
+    difference += d;
+    sum_chosen += a;
+    sum_rejected += b;
+    if (!needs_grad) continue;
+    const double slope = (x > 0.0 ? tail : 1.0) / (1.0 + tail);  // sigmoid(-x)
+    const double center = 2.0 * center_coef * both;
+    write(grad_chosen)[i] = static_cast<float>(share * (center - slope));
+    write(grad_rejected)[i] = static_cast<float>(share * (center + slope));
+  }
+  Tensor stats = new_floats({4});
+  const double numbers[] = {won * share, difference * share, sum_chosen * share, sum_rejected * share};
+  std::copy(std::begin(numbers), std::end(numbers), write(stats));
+  return {scalar(loss * share), stats, grad_chosen, grad_rejected};
+}
+
+}  // namespace
+}  // namespace fastrlhf
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) {
+  if (fastrlhf::reference_is_forced()) return;
+  m.impl("ppo_loss", TORCH_BOX(&fastrlhf::ppo_loss));
+  m.impl("value_loss", TORCH_BOX(&fastrlhf::value_loss));
+  m.impl("pairwise_reward_loss", TORCH_BOX(&fastrlhf::pairwise_reward_loss));
+}

@@ -1,0 +1,97 @@
+// A vector of fp32 lanes, in the instruction set this file is compiled for, and what the kernels need of it.
+//
+// The hot files (cpu/kernels/*.cpp) are compiled once for each capability, with -DFASTRLHF_CAPABILITY=avx512 and the
+// like, and everything they define lives in the namespace of that name. That is not only tidy: an inline function of the
+// same mangled name in two builds would be merged by the linker, and an AVX-512 copy of it could end up in the portable
+// build. For the same reason hot files include no C++ standard header that defines code.
+//
+// Conventions: larger(a, b) is a > b ? a : b and smaller(a, b) is a < b ? a : b, so that a nan in b survives, as it does
+// in torch.clamp when b is the value. Comparisons with nan are false. `first` functions touch only the first n lanes.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define FASTRLHF_INLINE static inline __attribute__((always_inline))
+
+namespace fastrlhf {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+}  // namespace fastrlhf
+
+#if defined(FASTRLHF_CAPABILITY_AVX512)
+#include "simd_avx512.h"
+#elif defined(FASTRLHF_CAPABILITY_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace fastrlhf {
+namespace FASTRLHF_CAPABILITY {
+
+FASTRLHF_INLINE Vec operator-(Vec a) { return Vec(0.0f) - a; }
+
+template <class T>
+FASTRLHF_INLINE Vec load_first(const T* from, int n, float fill) {
+  if (n == kWidth) return load(from);
+  T buffer[kWidth];
+  memset(buffer, 0, sizeof buffer);
+  memcpy(buffer, from, n * sizeof(T));
+  return select(first_lanes(n), load(buffer), Vec(fill));
+}
+
+template <class T>
+FASTRLHF_INLINE void store_first(T* to, Vec x, int n) {
+  if (n == kWidth) return store(to, x);
+  T buffer[kWidth];
+  store(buffer, x);
+  memcpy(to, buffer, n * sizeof(T));
+}
+
+// The lanes whose byte in a torch.bool tensor is not 0.
+FASTRLHF_INLINE Mask load_mask_first(const uint8_t* from, int n) {
+  if (n == kWidth) return load_mask(from);
+  uint8_t buffer[kWidth] = {0};
+  memcpy(buffer, from, n);
+  return load_mask(buffer);
+}
+
+FASTRLHF_INLINE Vec clamp(Vec x, float low, float high) { return smaller(Vec(high), larger(Vec(low), x)); }
+
+// 2^x for x <= 1, as the vocabulary kernels need it: 0 below -150, 1 exactly at 0, relative error 9e-8 and rounding.
+FASTRLHF_INLINE Vec exp2_nonpositive(Vec x) {
+  x = larger(Vec(-150.0f), x);
+  const Vec n = round_even(x), f = x - n;
+  Vec p = fma(f, Vec(1.326472731e-03f), Vec(9.671512991e-03f));
+  p = fma(f, p, Vec(5.550733581e-02f));
+  p = fma(f, p, Vec(2.402224243e-01f));
+  p = fma(f, p, Vec(6.931470037e-01f));
+  return scale_by_power_of_two(fma(f, p, Vec(1.0f)), n);
+}
+
+// exp(x) over the whole range (relative error 3e-9 and rounding), and residual = exp(x) - 1 - x, which keeps its
+// precision near 0, where it is the k3 estimator of the KL divergence and the naive sum would be all rounding.
+FASTRLHF_INLINE Vec exp_with_residual(Vec x, Vec& residual) {
+  const Vec held = clamp(x, -104.0f, 89.0f);  // exp is 0 and inf there
+  const Vec n = round_even(held * Vec(1.44269504f));
+  Vec r = fma(n, Vec(-0.693145752f), held);  // ln 2 in two parts, the first with room for an exact product
+  r = fma(n, Vec(-1.42860677e-06f), r);
+  Vec q = fma(r, Vec(1.381446724e-03f), Vec(8.368780836e-03f));
+  q = fma(r, q, Vec(4.166839272e-02f));
+  q = fma(r, q, Vec(1.666651964e-01f));
+  q = fma(r, q, Vec(4.999999404e-01f));
+  const Vec tail = r * r * q;
+  const Vec result = scale_by_power_of_two(Vec(1.0f) + (r + tail), n);
+  residual = select(less(abs(x), Vec(0.34f)), tail, result - Vec(1.0f) - x);
+  return result;
+}
+
+}  // namespace FASTRLHF_CAPABILITY
+}  // namespace fastrlhf

@@ -1,0 +1,43 @@
+// Estimates of KL(p || q) from one token sampled from p: Schulman 2020, "Approximating KL Divergence". See math/ppo.h.
+#pragma once
+
+namespace fastrlhf {
+namespace FASTRLHF_CAPABILITY {
+
+template <class V>
+struct KlEstimate {
+  V value;
+  V slope;  // d value / d log p
+};
+
+// log_ratio = log p - log q. The estimators are numbered as in cpu/kernels.h.
+template <class V>
+FASTRLHF_INLINE KlEstimate<V> kl_estimate(V log_ratio, int estimator) {
+  const V one = V(1.0f), zero = V(0.0f);
+  switch (estimator) {
+    case 0:  // k1
+      return {log_ratio, one};
+    case 1:  // k2
+      return {V(0.5f) * log_ratio * log_ratio, log_ratio};
+    case 2: {  // k3 = exp(-d) - 1 + d; its slope 1 - exp(-d) is d - k3, which does not cancel near 0
+      V k3;
+      const V inverse_ratio = exp_with_residual(zero - log_ratio, k3);
+      return {k3, select(less(abs(log_ratio), V(0.34f)), log_ratio - k3, one - inverse_ratio)};
+    }
+    default:  // abs
+      return {abs(log_ratio), select(less(log_ratio, zero), V(-1.0f), select(less(zero, log_ratio), one, zero))};
+  }
+}
+
+template <class V>
+FASTRLHF_INLINE KlEstimate<V> kl_estimate_clamped(V log_ratio, int estimator, float clamp_input, float clamp_output) {
+  const V held = clamp(log_ratio, -clamp_input, clamp_input);
+  KlEstimate<V> kl = kl_estimate(held, estimator);
+  const V value = clamp(kl.value, -clamp_output, clamp_output);
+  kl.slope = select(equal(held, log_ratio) & equal(value, kl.value), kl.slope, V(0.0f));
+  kl.value = value;
+  return kl;
+}
+
+}  // namespace FASTRLHF_CAPABILITY
+}  // namespace fastrlhf
