@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import datasets
 import pytest
+from tiny import save_tiny_model
 
 from fastrlhf import trainers
 from fastrlhf.cli import main
@@ -240,3 +241,67 @@ class TestResume:
             resume_from(self.args("true"))
         with pytest.raises(FileNotFoundError, match="'elsewhere': no such folder"):
             resume_from(self.args("elsewhere"))
+
+
+class TestEndToEnd:
+    FLAGS = ("--report_to", "none", "--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1")
+
+    def run(self, command, *flags):
+        return main([command, "--output_dir", f"out-{command}", *self.FLAGS, *flags])
+
+    def test_sft_then_resume(self, tmp_path, capsys):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = save_tiny_model(tmp_path / "model")
+        data = write_rows(
+            tmp_path / "sft.jsonl", *({"prompt": "the film", "completion": " was good"} for _ in range(8))
+        )
+        flags = ("--model", model, "--dataset", data, "--save_steps", "2")
+        assert self.run("sft", *flags) == 0
+        AutoModelForCausalLM.from_pretrained("out-sft")
+        assert AutoTokenizer.from_pretrained("out-sft").eos_token == "<|im_end|>"
+        assert self.run("sft", *flags, "--max_steps", "3") == 0
+        assert "Continuing from out-sft/checkpoint-2" in capsys.readouterr().out
+
+    def test_reward_then_ppo(self, tmp_path):
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        model = save_tiny_model(tmp_path / "model")
+        pairs = ({"prompt": "the film was", "chosen": " good" * (i + 1), "rejected": " bad"} for i in range(8))
+        flags = ("--model", model, "--dataset", write_rows(tmp_path / "pairs.jsonl", *pairs))
+        assert self.run("reward", *flags, "--dataset_split", "train[:6]", "--eval_split", "train[6:]") == 0
+        assert AutoModelForSequenceClassification.from_pretrained("out-reward").config.num_labels == 1
+        assert "eval_accuracy" in json.loads(Path("out-reward/eval_results.json").read_text())
+
+        Path("bonus.py").write_text(
+            "def bonus(prompts, completions, **columns): return [len(c) / 9 for c in completions]"
+        )
+        prompts = write_rows(tmp_path / "prompts.jsonl", *({"prompt": "the film", "id": i} for i in range(8)))
+        flags = ("--model", model, "--dataset", prompts, "--rollout_batch_size", "4", "--response_length", "6")
+        flags += ("--num_ppo_epochs", "1")
+        flags += (
+            "--reward_models",
+            "out-reward",
+            "--reward_functions",
+            "bonus.py:bonus",
+            "--reward_weights",
+            "1",
+            "0.5",
+        )
+        assert self.run("ppo", *flags) == 0
+        AutoModelForCausalLM.from_pretrained("out-ppo")
+        AutoTokenizer.from_pretrained("out-ppo")
+        logged = [json.loads(line) for line in Path("out-ppo/metrics.jsonl").read_text().splitlines()]
+        assert (logged[0]["val/ratio"], logged[0]["policy/approxkl_avg"]) == (1, 0)
+
+    def test_lora(self, tmp_path):
+        model = save_tiny_model(tmp_path / "model")
+        data = write_rows(tmp_path / "sft.jsonl", *({"text": "the film was good"} for _ in range(8)))
+        assert self.run("sft", "--model", model, "--dataset", data, "--lora_r", "2") == 0
+        assert Path("out-sft/adapter_model.safetensors").exists()
+
+    def test_unknown_model(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        data = write_rows(tmp_path / "sft.jsonl", {"text": "the film was good"})
+        assert self.run("sft", "--model", "nobody/nothing", "--dataset", data) == 2
+        assert "model='nobody/nothing' could not be loaded" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def tiny_config(vocab_size: int = 300) -> LlamaConfig:
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=1,
-        pad_token_id=1,
+        pad_token_id=2,
     )
 
 
@@ -72,5 +72,5 @@ def save_tiny_model(folder: Path, reward: bool = False, chat: str | None = None)
     if reward:
         config.num_labels = 1
     (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config).save_pretrained(folder)
-    tiny_tokenizer(chat).save_pretrained(folder)
+    tiny_tokenizer(chat, pad_is_eos=False).save_pretrained(folder)
     return str(folder)
