@@ -1,0 +1,17 @@
+"""SFT, reward models and PPO: subclasses of `transformers.Trainer` and their arguments."""
+
+from fastrlhf.trainers.checkpoints import last_checkpoint
+from fastrlhf.trainers.config import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.trainers.ppo import PPOTrainer
+from fastrlhf.trainers.reward import RewardTrainer
+from fastrlhf.trainers.sft import SFTTrainer
+
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "last_checkpoint",
+]

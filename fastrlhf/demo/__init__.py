@@ -1,0 +1,52 @@
+"""`fastrlhf demo`: SFT, reward model and PPO on real human ratings, and the numbers that prove it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fastrlhf.demo.recipe import DemoArguments
+
+
+def run_from_command_line(argv: Sequence[str]) -> None:
+    """Run the demo with the flags of DemoArguments."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(DemoArguments, prog="fastrlhf demo", description=DemoArguments.__doc__)
+    (args,) = parser.parse_args_into_dataclasses(list(argv))
+    run(args)
+
+
+def run(args: DemoArguments) -> dict:
+    """Every stage in order; a finished stage is not repeated, an interrupted one goes on. Returns the summary."""
+    from transformers.utils import logging as transformers_logging
+
+    from fastrlhf.demo import judgement, report, stages
+    from fastrlhf.demo.data import load_demo_data
+    from fastrlhf.demo.workspace import Workspace
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("fastrlhf").setLevel(logging.ERROR)
+    console = Console()
+    recipe = args.recipe()
+    workspace = Workspace(args.output_dir, console, {"model": args.model, "dataset": args.dataset, **recipe.as_dict()})
+    data, base = load_demo_data(args, recipe, console)
+
+    workspace.stage("sft", "SFT: learn to write such texts", stages.sft, base, data, recipe)
+    workspace.stage(
+        "reward_model", "Reward model: learn what people prefer", stages.reward, base, data.pairs, data, recipe
+    )
+    workspace.stage(
+        "gold",
+        "Gold judge: a reward model on ratings of other texts",
+        stages.reward,
+        base,
+        data.gold_pairs,
+        data,
+        recipe,
+    )
+    workspace.stage("ppo", "PPO: write what the reward model likes, close to SFT", stages.ppo, data, recipe)
+    workspace.stage("eval", "Judgement on held-out prompts", judgement.judge, data, recipe)
+    return report.write(workspace)

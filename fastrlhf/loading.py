@@ -1,0 +1,96 @@
+"""Models and tokenizers from names, with errors that say what to do."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def _load(auto_class: Any, argument: str, name: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        kind = "a local folder" if os.path.isdir(name) else "neither a local folder nor a model the hub gave"
+        raise OSError(
+            f"{argument}={name!r} could not be loaded with {auto_class.__name__}: it is {kind}. Check the spelling, "
+            f"that the folder holds a config.json and weights, and the access to the hub. Cause: {error}"
+        ) from error
+
+
+def load_causal_lm(model: str | nn.Module, argument: str = "model", **options: Any) -> nn.Module:
+    """A causal language model from a hub id or folder; a model comes back as it is."""
+    return _load(AutoModelForCausalLM, argument, model, **options) if isinstance(model, str) else model
+
+
+def load_reward_model(model: str | nn.Module, argument: str = "model", **options: Any) -> nn.Module:
+    """A sequence classification model with one label from a hub id or folder; a model comes back as it is."""
+    if isinstance(model, str):
+        model = _load(AutoModelForSequenceClassification, argument, model, num_labels=1, **options)
+    labels = getattr(model.config, "num_labels", None)
+    if labels != 1:
+        raise ValueError(f"{argument}: num_labels={labels}, but a reward model has num_labels=1")
+    return model
+
+
+def load_tokenizer(name: str, argument: str = "processing_class") -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a hub id or folder."""
+    return _load(AutoTokenizer, argument, name)
+
+
+def tokenizer_with_pad(
+    tokenizer: PreTrainedTokenizerBase | None, model: nn.Module, *, unlike_eos: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model` when None is given, with a pad token, and its pad token in the model's configuration.
+
+    The trainers tell padding by length, so pad == eos is harmless there. transformers' sequence classifiers tell it
+    by the pad token: with pad == eos they would score the token before the EOS. `unlike_eos` asks for another token
+    then. A missing or refused pad token is replaced by a special token that the tokenizer already has.
+    Raises ValueError when there is none to take.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model.config.name_or_path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("processing_class: the tokenizer has no eos_token; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None or (unlike_eos and tokenizer.pad_token_id == tokenizer.eos_token_id):
+        spare = [token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token]
+        spare = [token for token in spare if token not in (tokenizer.eos_token, tokenizer.bos_token)]
+        if not spare and unlike_eos:
+            raise ValueError(
+                "processing_class: the tokenizer has no pad token apart from its eos_token "
+                f"{tokenizer.eos_token!r}, and a reward model needs one. Remedy: "
+                "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}); "
+                "model.resize_token_embeddings(len(tokenizer))"
+            )
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+        logger.warning("The tokenizer's pad token is now %r.", tokenizer.pad_token)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def with_adapter(model: nn.Module, peft_config: Any | None) -> nn.Module:
+    """`model` with the adapters of a peft configuration; as it is when None."""
+    if peft_config is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: with it, the log-probs of rollout and update would differ at the same weights."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

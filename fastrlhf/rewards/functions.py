@@ -1,0 +1,107 @@
+"""Several reward functions as one score a response."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.rewards.reward_model import RewardModel
+
+RewardFunction = Callable[..., list[float]]
+
+
+class RewardError(ValueError):
+    """A reward function that raised or returned something unusable."""
+
+
+class Rewards:
+    """The weighted sum of reward functions and reward models.
+
+    reward_funcs: one or a list of callables `f(prompts, completions, **columns) -> list[float]`, sequence
+        classification models with one label, or hub ids or folders of such models.
+    weights: one a function; 1 each when None.
+    processing_class: tokenizer of the reward models given as objects.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Any | Sequence[Any],
+        weights: Sequence[float] | None = None,
+        processing_class: Any | None = None,
+    ) -> None:
+        funcs = (
+            list(reward_funcs)
+            if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
+            else [reward_funcs]
+        )
+        if not funcs:
+            raise ValueError("reward_funcs: empty, at least one reward model or function is wanted")
+        if weights is None:
+            weights = [1.0] * len(funcs)
+        if len(weights) != len(funcs):
+            raise ValueError(f"reward_weights has {len(weights)} weights for {len(funcs)} reward_funcs")
+        self.funcs = [_as_function(func, processing_class) for func in funcs]
+        self.weights = list(weights)
+        self.names = _distinct([getattr(func, "__name__", type(func).__name__) for func in self.funcs])
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores [B], fp32, and the unweighted scores of each function by its name."""
+        each = {}
+        for name, func in zip(self.names, self.funcs, strict=True):
+            try:
+                values = func(prompts, completions, **columns)
+            except Exception as error:
+                raise RewardError(f"reward_funcs: {name} raised {type(error).__name__}: {error}") from error
+            each[name] = torch.tensor(_checked(name, values, completions))
+        total = sum(weight * scores for weight, scores in zip(self.weights, each.values(), strict=True))
+        return total, each
+
+    def to(self, device: torch.device) -> Rewards:
+        for func in self.funcs:
+            if isinstance(func, RewardModel):
+                func.to(device)
+        return self
+
+
+def _as_function(func: Any, processing_class: Any | None) -> RewardFunction:
+    if isinstance(func, str):
+        return RewardModel(func)
+    if isinstance(func, nn.Module):
+        return RewardModel(func, processing_class)
+    if callable(func):
+        return func
+    raise ValueError(f"reward_funcs: {type(func).__name__} is neither a callable, a model, nor the path of one")
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def _checked(name: str, values: Any, completions: list[Any]) -> list[float]:
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise RewardError(
+            f"reward_funcs: {name} returned {type(values).__name__}, a list of {len(completions)} numbers is wanted"
+        )
+    if len(values) != len(completions):
+        raise RewardError(f"reward_funcs: {name} returned {len(values)} rewards for {len(completions)} completions")
+    for index, value in enumerate(values):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise RewardError(
+                f"reward_funcs: {name} returned {value!r} ({type(value).__name__}) for completion {index}, a number is "
+                "wanted"
+            )
+        if not math.isfinite(value):
+            raise RewardError(
+                f"reward_funcs: {name} returned {value} for completion {index}: {str(completions[index])[:200]!r}. "
+                "Return a finite number for every completion"
+            )
+    return [float(value) for value in values]

@@ -1,0 +1,47 @@
+"""What goes into a rollout and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are sampled: from softmax(logits / temperature), unfiltered, as the loss assumes.
+
+    max_new_tokens: most tokens of a response. temperature: greater than 0. batch_size: most prompts decoded at a time.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    batch_size: int = 64
+
+
+@dataclass
+class Rollout:
+    """Sampled responses, in the order of their prompts.
+
+    prompts, responses: token ids; a response ends with its EOS, if it came to one.
+    finished: whether each response ended with EOS.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    finished: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens in each response [B], EOS included."""
+        return torch.tensor([len(response) for response in self.responses])
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T], 1 at the tokens of each response, in fp32."""
+        lengths = self.lengths
+        return (torch.arange(int(lengths.max())) < lengths[:, None]).float()

@@ -1,0 +1,92 @@
+"""What the three trainers add to `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fastrlhf.trainers.checkpoints import discard_partial, last_checkpoint
+from fastrlhf.trainers.master_weights import HALF, MasterWeights
+from fastrlhf.trainers.metrics import JsonLines
+from fastrlhf.trainers.token_scorer import TokenScorer
+
+
+class BaseTrainer(Trainer):
+    """`transformers.Trainer` with metrics of our own, fp32 master weights and checkpoints that are whole or absent."""
+
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        args.remove_unused_columns = False  # the collators name the columns they take
+        super().__init__(args=args, **kwargs)
+        self.add_callback(JsonLines)
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def record(self, **metrics: torch.Tensor) -> None:
+        """Keep scalar tensors, on their device, until the next `log` averages and fetches them."""
+        for name, value in metrics.items():
+            self._metrics[name].append(value.detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._metrics:
+            # One transfer for all metrics of the step.
+            means = torch.stack([torch.stack(values).float().mean() for values in self._metrics.values()])
+            logs.update(zip(self._metrics, means.tolist(), strict=True))
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        parameters = (self.model if model is None else model).parameters()
+        if self.optimizer is None and any(p.requires_grad and p.dtype in HALF for p in parameters):
+            optimizer_cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.model
+            )
+            self.optimizer_cls_and_kwargs = (MasterWeights.over(optimizer_cls), options)
+        return super().create_optimizer(model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint in output_dir."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no complete checkpoint"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            output_dir = self._get_output_dir(trial)
+            folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            raise discard_partial(folder, output_dir, error) from error
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        # The Trainer's estimate knows nothing of rollouts or of positions left out of the LM head.
+        return 0
+
+
+class ScorerTrainer(BaseTrainer):
+    """A trainer whose module is a TokenScorer: saved and loaded as the model inside."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.scorer.save_pretrained(output_dir)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, self.scorer.model)
+
+    @property
+    def scorer(self) -> TokenScorer:
+        return self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,135 @@
+"""The arguments of the three trainers: `transformers.TrainingArguments` plus what each algorithm needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+def _positive(args: object, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) <= 0:
+            raise ValueError(f"{name}={getattr(args, name)} must be greater than 0")
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """Supervised fine-tuning: maximum likelihood of the completion given the prompt."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Batches of similar length, which need little padding."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest sequence in tokens; what is longer loses its end."}
+    )
+    completion_only_loss: bool = field(
+        default=True,
+        metadata={"help": "Train on the completion only; False trains on the prompt as well."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "max_length")
+
+
+@dataclass
+class RewardConfig(TrainingArguments):
+    """Bradley-Terry reward model on pairs of a chosen and a rejected text."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest sequence in tokens; pairs with a longer one are an error."}
+    )
+    center_rewards_coefficient: float = field(
+        default=0.0,
+        metadata={"help": "Weight of (chosen + rejected)^2, which keeps the scores' mean at zero (Eisenstein 2023)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "max_length")
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """PPO on a language model (Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022).
+
+    One training step is one PPO iteration: a rollout of `rollout_batch_size` responses on each device, then
+    `num_ppo_epochs` passes over it in `num_mini_batches` optimiser steps each. A forward and backward takes
+    `per_device_train_batch_size` responses at a time; gradients accumulate over a mini-batch by themselves, so
+    `gradient_accumulation_steps` stays 1.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many PPO iterations."})
+    rollout_batch_size: int = field(default=64, metadata={"help": "Responses sampled per iteration and device."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps in each pass over a rollout."})
+    max_prompt_length: int = field(
+        default=512, metadata={"help": "Longest prompt in tokens; a longer one is an error, not cut in silence."}
+    )
+    response_length: int = field(default=128, metadata={"help": "Most tokens of a response."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probs in the loss."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function; 1 each when not given."}
+    )
+    reward_normalization: Literal["none", "batch", "running"] = field(
+        default="none",
+        metadata={
+            "help": "Scores divided by their standard deviation after subtracting their mean: over this batch, or "
+            "over all batches so far."
+        },
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the per-token KL penalty in the reward."})
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = field(
+        default="k1", metadata={"help": "Estimator of the per-token KL (Schulman 2020)."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Advantages to mean 0 and variance 1."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy's ratio."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value's change."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(
+            self,
+            "rollout_batch_size",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "max_prompt_length",
+            "response_length",
+            "temperature",
+        )
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be 1 in PPOConfig: gradients "
+                "accumulate over each mini-batch in pieces of per_device_train_batch_size. Set rollout_batch_size, "
+                "num_mini_batches and per_device_train_batch_size instead."
+            )
+        # Every iteration has rollout_batch_size prompts; what is left over at the end of an epoch waits for the next.
+        self.dataloader_drop_last = True
+        mini_batch_size, rest = divmod(self.rollout_batch_size, self.num_mini_batches)
+        if rest or mini_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"rollout_batch_size={self.rollout_batch_size} must be a multiple of num_mini_batches="
+                f"{self.num_mini_batches} times per_device_train_batch_size={self.per_device_train_batch_size}"
+            )
+        for name, choices in (
+            ("reward_normalization", ("none", "batch", "running")),
+            ("kl_estimator", ("k1", "k2", "k3", "abs")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Responses in one forward and backward: per_device_train_batch_size, at most a mini-batch."""
+        return min(self.per_device_train_batch_size, self.rollout_batch_size // self.num_mini_batches)

@@ -1,0 +1,298 @@
+"""Proximal policy optimisation of a language model against a reward."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from fastrlhf import functional as F
+from fastrlhf.batching import ScoredBatch, score_responses
+from fastrlhf.data import prepare_prompts
+from fastrlhf.loading import (
+    disable_dropout,
+    load_causal_lm,
+    load_reward_model,
+    tokenizer_with_pad,
+    with_adapter,
+)
+from fastrlhf.rewards import RewardError, Rewards, RunningNormalizer, normalize
+from fastrlhf.rollout import Rollout, SamplingParams, TransformersEngine
+from fastrlhf.trainers.actor_critic import ActorCritic
+from fastrlhf.trainers.base import ScorerTrainer
+from fastrlhf.trainers.config import PPOConfig
+from fastrlhf.trainers.ppo_metrics import rollout_metrics, update_metrics
+from fastrlhf.trainers.ppo_targets import Targets, ppo_targets
+from fastrlhf.trainers.token_scorer import TokenScorer
+
+REWARD_STATE_FILE = "reward_normalizer.json"
+
+
+class PPOTrainer(ScorerTrainer):
+    """PPO with a KL penalty to the start (Ziegler et al. 2019, Ouyang et al. 2022).
+
+    model: the policy to start from, a causal language model or its hub id or folder (loaded with `model_init_kwargs`).
+    args: PPOConfig.
+    reward_funcs: one or a list of reward models (object, hub id or folder) and callables
+        `f(prompts, completions, **columns) -> list[float]`; summed with `args.reward_weights`.
+    train_dataset, eval_dataset: column `prompt` (a string or messages); other columns go to the reward functions.
+    processing_class: the tokenizer; the model's own when None.
+    ref_model: what the KL is measured to; when None, a frozen copy of the start, or with `peft_config` the model with
+        its adapters off.
+    value_model: a sequence classification model with one label, or its hub id or folder; None puts a value head on
+        the policy's own trunk.
+    `trainer.scorer.model` is the policy in training; checkpoints and `save_model` hold it as transformers save it.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: PPOConfig,
+        reward_funcs: Any,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        ref_model: str | nn.Module | None = None,
+        value_model: str | nn.Module | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        options = model_init_kwargs or {}
+        policy = load_causal_lm(model, **options)
+        tokenizer = tokenizer_with_pad(processing_class, policy)
+        disable_dropout(policy)
+        if ref_model is not None:
+            ref_model = load_causal_lm(ref_model, "ref_model", **options)
+            disable_dropout(ref_model)
+        elif peft_config is None:
+            ref_model = copy.deepcopy(policy)
+        if value_model is not None:
+            value_model = load_reward_model(value_model, "value_model", **options)
+            disable_dropout(value_model)
+        prompts = prepare_prompts(train_dataset, tokenizer, args.max_prompt_length)
+        if len(prompts) < args.rollout_batch_size:
+            raise ValueError(
+                f"train_dataset has {len(prompts)} prompts, fewer than rollout_batch_size={args.rollout_batch_size}"
+            )
+        super().__init__(
+            model=ActorCritic(with_adapter(policy, peft_config), value_model),
+            args=args,
+            data_collator=list,
+            train_dataset=prompts,
+            eval_dataset=eval_dataset and prepare_prompts(eval_dataset, tokenizer, args.max_prompt_length),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self._train_batch_size = args.rollout_batch_size
+        self.engine = TransformersEngine(self.scorer.model, tokenizer)
+        self.sampling = SamplingParams(args.response_length, args.temperature, batch_size=args.rollout_batch_size)
+        self.rewards = Rewards(reward_funcs, args.reward_weights, tokenizer).to(args.device)
+        self.reward_normalizer = RunningNormalizer()
+        self.ref_scorer = None
+        if ref_model is not None:
+            self.ref_scorer = TokenScorer(ref_model.eval().requires_grad_(False)).to(args.device)
+
+    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        """One PPO iteration on a batch of prompts. The Trainer makes the last optimiser step; returns the mean loss."""
+        args = self.args
+        with self.timed("rollout"):
+            rollout = self.engine.generate([row["prompt_ids"] for row in inputs], self.sampling)
+        with self.timed("reward"):
+            scores = self.scores(inputs, rollout)
+        with self.timed("reference"):
+            batches = self.micro_batches(rollout)
+            log_probs, entropy, values = self.score_rollout(model, rollout, batches)
+            ref_log_probs = self.reference_log_probs(rollout, batches)
+        targets = ppo_targets(
+            self.normalized(scores), log_probs, ref_log_probs, values, rollout.mask.to(args.device), args
+        )
+        self.record(**rollout_metrics(rollout, scores, entropy, targets))
+
+        with self.timed("update"):
+            losses = []
+            for mini_batch in self.mini_batches(batches):
+                if losses:
+                    self.optimizer_step(model)
+                losses.append(self.update(model, mini_batch, targets))
+        return torch.stack(losses).mean()
+
+    def update(self, model: nn.Module, mini_batch: list[ScoredBatch], targets: Targets) -> Tensor:
+        """Gradients of policy and value loss over a mini-batch, one micro-batch at a time; returns the loss."""
+        args = self.args
+        model.train()
+        tokens = torch.tensor(float(sum(batch.tokens.numel() for batch in mini_batch)), device=args.device)
+        # Mean over the ranks: data parallelism averages the gradients again, which leaves the mean over all tokens.
+        denominator = self.accelerator.reduce(tokens, "mean")
+        losses, stats = [], []
+        for batch in mini_batch:
+            with self.compute_loss_context_manager():
+                log_probs, entropy, values = model(batch.input_ids, batch.positions, batch.tokens, args.temperature)
+                mask = torch.ones_like(log_probs)
+                policy_loss, policy_stats = F.ppo_loss(
+                    log_probs,
+                    batch.take(targets.log_probs),
+                    batch.take(targets.advantages),
+                    mask,
+                    clip_low=args.cliprange,
+                    clip_high=args.cliprange,
+                    entropy=entropy,
+                    entropy_coef=args.entropy_coef,
+                    denominator=denominator,
+                )
+                value_loss, value_stats = F.value_loss(
+                    values,
+                    batch.take(targets.values),
+                    batch.take(targets.returns),
+                    mask,
+                    clip=args.cliprange_value,
+                    denominator=denominator,
+                )
+                loss = policy_loss + args.vf_coef * value_loss
+            self.accelerator.backward(loss)
+            losses.append(loss.detach())
+            stats.append((batch.tokens.numel() / tokens, policy_loss, policy_stats, value_loss, value_stats))
+        self.record(**update_metrics(stats))
+        return torch.stack(losses).sum()
+
+    def optimizer_step(self, model: nn.Module) -> None:
+        """An optimiser step between mini-batches, clipped like the Trainer's own."""
+        if self.args.max_grad_norm > 0:
+            self._clip_grad_norm(model)
+        self.optimizer.step()
+        model.zero_grad()
+
+    def scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> Tensor:
+        """Scores [B] by the reward functions. An error there first saves a checkpoint: it is not the policy's fault."""
+        prompts = [row["prompt"] for row in inputs]
+        texts = self.processing_class.batch_decode(rollout.responses, skip_special_tokens=True)
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "prompt_ids")}
+        try:
+            scores, each = self.rewards(prompts, completions, columns)
+        except RewardError:
+            if self.is_in_train and self.state.global_step and self.args.save_strategy != "no":
+                self._save_checkpoint(self.model, trial=None)
+            raise
+        if len(each) > 1:
+            self.record(**{f"rewards/{name}": values.mean() for name, values in each.items()})
+        return scores.to(self.args.device)
+
+    def normalized(self, scores: Tensor) -> Tensor:
+        """Scores as `args.reward_normalization` wants them."""
+        if self.args.reward_normalization == "batch":
+            return normalize(scores)
+        return self.reward_normalizer(scores) if self.args.reward_normalization == "running" else scores
+
+    def micro_batches(self, rollout: Rollout) -> list[ScoredBatch]:
+        """The rollout in batches of similar length, one forward each.
+
+        They are cut once: old log-probs and every epoch's run on the same shapes, so the ratio starts at exactly 1.
+        """
+        size = self.args.micro_batch_size
+        order = sorted(range(len(rollout)), key=lambda i: len(rollout.prompts[i]) + len(rollout.responses[i]))
+        pad = self.processing_class.pad_token_id
+        return [
+            score_responses(rollout.prompts, rollout.responses, order[start : start + size], pad).to(self.args.device)
+            for start in range(0, len(order), size)
+        ]
+
+    def mini_batches(self, batches: list[ScoredBatch]) -> Iterator[list[ScoredBatch]]:
+        """`num_ppo_epochs` passes over the micro-batches, shuffled, in `num_mini_batches` lists each."""
+        size = len(batches) // self.args.num_mini_batches
+        for _ in range(self.args.num_ppo_epochs):
+            order = torch.randperm(len(batches)).tolist()
+            for start in range(0, len(order), size):
+                yield [batches[i] for i in order[start : start + size]]
+
+    @torch.no_grad()
+    def score_rollout(
+        self, model: nn.Module, rollout: Rollout, batches: list[ScoredBatch]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropies and values [B, T] of every response token under the policy as it is."""
+        model.train()  # as in the update, so that both run the same code
+        results = torch.zeros(3, len(rollout), int(rollout.lengths.max()), device=self.args.device)
+        for batch in batches:
+            with self.compute_loss_context_manager():
+                scored = model(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
+            for x, values in zip(results, scored, strict=True):
+                batch.put(x, values)
+        return tuple(results)
+
+    @torch.no_grad()
+    def reference_log_probs(self, rollout: Rollout, batches: list[ScoredBatch]) -> Tensor:
+        """Log-probs [B, T] of every response token under the reference."""
+        results = torch.zeros(len(rollout), int(rollout.lengths.max()), device=self.args.device)
+        with self.reference() as scorer, self.compute_loss_context_manager():
+            for batch in batches:
+                log_probs, _ = scorer(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
+                batch.put(results, log_probs)
+        return results
+
+    @contextmanager
+    def reference(self) -> Iterator[TokenScorer]:
+        """The reference as a scorer: the frozen copy, or the policy with its adapters off."""
+        if self.ref_scorer is not None:
+            yield self.ref_scorer
+            return
+        with self.scorer.model.disable_adapter():
+            yield TokenScorer(self.scorer.model)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.record(**{f"time/{phase}": torch.tensor(time.perf_counter() - start)})
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores, KL and entropy of fresh responses to the evaluation prompts."""
+        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        rollout = self.engine.generate([row["prompt_ids"] for row in rows], self.sampling)
+        batches = self.micro_batches(rollout)
+        log_probs, entropy, values = self.score_rollout(self.model, rollout, batches)
+        scores = self.scores(rows, rollout)
+        targets = ppo_targets(
+            scores,
+            log_probs,
+            self.reference_log_probs(rollout, batches),
+            values,
+            rollout.mask.to(self.args.device),
+            self.args,
+        )
+        metrics = {
+            f"{metric_key_prefix}_{name}": value.item()
+            for name, value in rollout_metrics(rollout, scores, entropy, targets).items()
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.args.reward_normalization == "running":
+            path = os.path.join(output_dir or self.args.output_dir, REWARD_STATE_FILE)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(self.reward_normalizer.state_dict(), file)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.scorer.load_value_function(resume_from_checkpoint)
+        path = os.path.join(resume_from_checkpoint, REWARD_STATE_FILE)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                self.reward_normalizer = RunningNormalizer(**json.load(file))

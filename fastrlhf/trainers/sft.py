@@ -1,0 +1,98 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from fastrlhf.batching import pad_right
+from fastrlhf.data import prepare_sft
+from fastrlhf.loading import load_causal_lm, tokenizer_with_pad, with_adapter
+from fastrlhf.trainers.base import ScorerTrainer
+from fastrlhf.trainers.config import SFTConfig
+from fastrlhf.trainers.token_scorer import TokenScorer
+
+
+class SFTTrainer(ScorerTrainer):
+    """Maximum likelihood of texts or completions; only the trained tokens go through the LM head.
+
+    model: a causal language model, or its hub id or folder (loaded with `model_init_kwargs`).
+    args: SFTConfig.
+    train_dataset, eval_dataset: columns `text`, or `prompt` and `completion`, or `messages` (fastrlhf.data).
+    processing_class: the tokenizer; the model's own when None.
+    peft_config: of adapters to train instead of the model.
+    `trainer.scorer.model` is the model in training; checkpoints and `save_model` hold it as transformers save it.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        model = load_causal_lm(model, **(model_init_kwargs or {}))
+        tokenizer = tokenizer_with_pad(processing_class, model)
+
+        def prepared(dataset: Dataset | None) -> Dataset | None:
+            if dataset is None:
+                return None
+            return prepare_sft(dataset, tokenizer, args.max_length, args.completion_only_loss)
+
+        super().__init__(
+            model=TokenScorer(with_adapter(model, peft_config)),
+            args=args,
+            data_collator=SFTCollator(tokenizer.pad_token_id),
+            train_dataset=prepared(train_dataset),
+            eval_dataset=prepared(eval_dataset),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        # The loss below is normalised by the tokens of the whole accumulated batch, which the collator's `labels` count.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        log_probs, entropy = model(inputs["input_ids"], inputs["positions"], inputs["labels"])
+        if model.training:
+            self.record(entropy=entropy.mean())
+        if num_items_in_batch is None:
+            return -log_probs.mean()
+        # Data parallelism averages gradients over the ranks, but the count is already that of all of them.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return -log_probs.sum() * ranks / num_items_in_batch
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss, None, None
+
+
+class SFTCollator:
+    """Rows with `input_ids` and `labels` (-100 = not trained) to one padded batch and the positions to train."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, _ = pad_right([row["input_ids"] for row in rows], self.pad_token_id)
+        labels, _ = pad_right([row["labels"] for row in rows], -100)
+        # The token at a place is predicted one place before it.
+        trained = torch.zeros_like(labels, dtype=torch.bool)
+        trained[:, :-1] = labels[:, 1:] != -100
+        positions = trained.flatten().nonzero().squeeze(1)
+        return {"input_ids": input_ids, "positions": positions, "labels": labels.flatten()[positions + 1]}
