@@ -91,7 +91,8 @@ def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return log_ratio**2 / 2
     if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
+        # Impossible under p, possible under q: infinite, and not inf - inf.
+        return torch.where(log_ratio == -INFINITY, INFINITY, torch.expm1(-log_ratio) + log_ratio)
     if estimator == "abs":
         return log_ratio.abs()
     raise ValueError(f"estimator: got {estimator!r}, wanted one of 'k1', 'k2', 'k3', 'abs'")

@@ -89,7 +89,8 @@ FASTRLHF_INLINE Vec exp_with_residual(Vec x, Vec& residual) {
   q = fma(r, q, Vec(4.999999404e-01f));
   const Vec tail = r * r * q;
   const Vec result = scale_by_power_of_two(Vec(1.0f) + (r + tail), n);
-  residual = select(less(abs(x), Vec(0.34f)), tail, result - Vec(1.0f) - x);
+  // Held below infinity, so that the residual there is inf and not inf - inf.
+  residual = select(equal(n, Vec(0.0f)), tail, result - Vec(1.0f) - smaller(Vec(1e30f), x));
   return result;
 }
 

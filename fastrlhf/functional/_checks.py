@@ -52,15 +52,15 @@ def option(name: str, value, choices: tuple[str, ...]) -> int:
 
 
 def number(name: str, value, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    """A finite float, and None as infinity where a caller passes it through `limit`."""
+    """A finite float within the bounds."""
     if isinstance(value, (Tensor, bool, str)) or value is None:
         raise ValueError(f"{name}: got {type(value).__name__}, wanted a number")
     wanted = [f"> {above}"] * (above is not None) + [f">= {least}"] * (least is not None)
     wanted += [f"<= {most}"] * (most is not None)
     good = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
-    if not (good and math.isfinite(value)):
+    if not (good and -math.inf < value < math.inf):  # not math.isfinite: under torch.compile value may be symbolic
         raise ValueError(f"{name}: got {value}, wanted a finite number {' and '.join(wanted)}".rstrip())
-    return float(value)
+    return value if isinstance(value, float) else float(value)
 
 
 def limit(name: str, value, *, above: float = 0.0) -> float:

@@ -1,0 +1,184 @@
+"""token_log_probs: what others got wrong, argument errors, determinism, torch.library and torch.compile."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from oracle import random_logits, same_bits
+
+from fastrlhf import functional as F
+from fastrlhf import reference
+
+ops = torch.ops.fastrlhf
+
+
+@pytest.mark.parametrize("vocabulary", [2047, 2048, 2049, 4097, 6143, 32003])
+def test_vocabulary_not_a_multiple_of_the_block_verl_2656(vocabulary):
+    """An unmasked tail adds phantom exp(0): seen most where all logits are far below 0."""
+    logits = torch.full((2, vocabulary), -80.0)
+    log_probs, entropy = F.token_log_probs_and_entropy(logits, torch.tensor([0, vocabulary - 1]))
+    expected = torch.log(torch.tensor(float(vocabulary)))
+    torch.testing.assert_close(log_probs, -expected.expand(2))
+    torch.testing.assert_close(entropy, expected.expand(2))
+
+
+def test_all_logits_negative_skyrl_2141():
+    """A running maximum that starts at 0 underflows every term."""
+    logits, tokens = random_logits(4, 3000)
+    log_probs, entropy = F.token_log_probs_and_entropy(logits - 500.0, tokens)
+    exact = reference.token_log_probs_and_entropy((logits - 500.0).double(), tokens)
+    torch.testing.assert_close(log_probs.double(), exact[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), exact[1], rtol=1e-6, atol=1e-5)
+
+
+def test_rising_logits_rescale_the_running_sum():
+    logits = torch.linspace(-300, 300, 50_000).expand(2, -1).contiguous()
+    tokens = torch.tensor([49_999, 40_000])
+    ours = F.token_log_probs_and_entropy(logits, tokens)
+    exact = reference.token_log_probs_and_entropy(logits.double(), tokens)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-6, atol=1e-5)
+
+
+def test_offsets_beyond_two_to_the_31_liger_803():
+    rows_apart, vocabulary = 2**31 + 64, 515
+    memory = torch.empty(rows_apart + vocabulary, dtype=torch.bfloat16)  # 4 GiB of address space, two pages touched
+    logits = memory.as_strided((2, vocabulary), (rows_apart, 1))
+    values, tokens = random_logits(2, vocabulary, dtype=torch.bfloat16)
+    logits.copy_(values)
+    assert same_bits(F.token_log_probs(logits, tokens), F.token_log_probs(values, tokens))
+
+
+def test_more_than_65535_rows_liger_1294():
+    logits, tokens = random_logits(70_001, 3)
+    logits.requires_grad_()
+    log_probs = F.token_log_probs(logits, tokens)
+    log_probs.sum().backward()
+    expected = torch.log_softmax(logits.detach(), -1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_probs.detach(), expected)
+    assert logits.grad[-1].abs().sum() > 0
+
+
+def test_entropy_has_a_gradient_trl_5597():
+    logits = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
+    F.token_log_probs_and_entropy(logits, torch.tensor([0]))[1].sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    reference.token_log_probs_and_entropy(exact, torch.tensor([0]))[1].sum().backward()
+    assert logits.grad.abs().max() > 0.1
+    torch.testing.assert_close(logits.grad.double(), exact.grad)
+
+
+def test_entropy_is_at_the_temperature_of_the_log_probs_openrlhf():
+    logits, tokens = random_logits(3, 50)
+    _, entropy = F.token_log_probs_and_entropy(logits, tokens, temperature=0.5)
+    p = torch.softmax(logits / 0.5, -1)
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(-1))
+
+
+def test_log_probs_are_not_rounded_to_bf16_verl_5662():
+    logits, tokens = random_logits(64, 500, dtype=torch.bfloat16)
+    log_probs = F.token_log_probs(logits, tokens)
+    assert log_probs.dtype == torch.float32
+    assert not torch.equal(log_probs, log_probs.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_batch_verl_7704(dtype):
+    logits, tokens = random_logits(33, 4111, dtype=dtype)
+    batch = F.token_log_probs_and_entropy(logits, tokens)
+    for i in (0, 13, 32):
+        alone = F.token_log_probs_and_entropy(logits[i : i + 1], tokens[i : i + 1])
+        assert all(same_bits(a[i : i + 1], b) for a, b in zip(batch, alone, strict=True))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    logits, tokens = random_logits(37, 4111)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(F.token_log_probs_and_entropy(logits, tokens))
+    torch.set_num_threads(before)
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("token", [-1, 5, -101, 2**40])
+def test_tokens_outside_the_vocabulary(token):
+    with pytest.raises(IndexError, match=rf"tokens: got {token} at position 1, wanted a token in \[0, 5\)"):
+        F.token_log_probs(torch.zeros(2, 5), torch.tensor([0, token]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, "logits: got dtype float64, wanted float32"),
+        ({"logits": [[0.0]]}, "logits: got list, wanted a torch.Tensor"),
+        ({"logits": torch.zeros(2, 5)}, r"tokens: got shape \(2, 3\), wanted \(2,\)"),
+        ({"logits": torch.zeros(2, 3, 0)}, "wanted at least one entry in the vocabulary"),
+        ({"logits": torch.zeros(2, 5, 3).mT}, "last stride of 1"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.int32)}, "tokens: got dtype int32, wanted int64"),
+        ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: got shape \(3,\), wanted \(2, 3\)"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "tokens: got device meta, wanted cpu"),
+        ({"temperature": 0.0}, "temperature: got 0.0, wanted a finite number > 0"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": "hot"}, "temperature: got str, wanted a number"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"logits": torch.zeros(2, 3, 5), "tokens": torch.zeros(2, 3, dtype=torch.int64)} | change
+    for function in (F.token_log_probs, F.token_log_probs_and_entropy):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    logits, tokens = random_logits(3, 4, 37, dtype=dtype)
+    tokens[0, 0] = -100
+    g, h = torch.randn(3, 4), torch.randn(3, 4)
+    _, entropy, logsumexp = ops.token_log_probs_and_entropy(logits, tokens, 0.9)
+    for view in (logits, logits[:, :-1]):
+        n = view.shape[1]
+        t, saved = tokens[:, :n], (logsumexp[:, :n], entropy[:, :n])
+        leaf = view.clone().requires_grad_() if view is logits else view
+        torch.library.opcheck(ops.token_log_probs.default, (leaf, t, 0.9))
+        torch.library.opcheck(ops.token_log_probs_and_entropy.default, (leaf, t, 0.9))
+        backward = (g[:, :n], view.clone(), t, saved[0], 0.9)
+        torch.library.opcheck(ops.token_log_probs_backward.default, backward)
+        torch.library.opcheck(ops.token_log_probs_backward_.default, backward)
+        backward = (g[:, :n], h[:, :n], view.clone(), t, *saved, 0.9)
+        torch.library.opcheck(ops.token_log_probs_and_entropy_backward.default, backward)
+        torch.library.opcheck(ops.token_log_probs_and_entropy_backward_.default, backward)
+
+
+def step(logits, tokens, temperature, inplace):
+    log_probs, entropy = F.token_log_probs_and_entropy(
+        logits * 2, tokens, temperature=temperature, inplace_backward=inplace
+    )
+    return (log_probs * 2 - 0.1 * entropy).sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_as_one_graph(backend, inplace):
+    if backend == "inductor" and inplace:
+        pytest.skip("the same graph as without inplace; compiling it twice tests nothing")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    logits, tokens = random_logits(3, 4, 37)
+    grads = []
+    for function in (step, compiled):
+        leaf = logits.clone().requires_grad_()
+        function(leaf, tokens, 0.9, inplace).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_new_lengths_compile_once_more_and_no_more():
+    """Recompiling for every sequence length (Liger, TRL kernels). A new temperature does recompile: torch.compile takes
+    the float arguments of any op as constants."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for length in (4, 7, 9, 12, 15, 18):
+        logits, tokens = random_logits(3, length, 37)
+        torch.testing.assert_close(compiled(logits, tokens, 0.9, False), step(logits, tokens, 0.9, False))
+    assert counter.frame_count == 2

@@ -1,0 +1,260 @@
+"""The losses' manners: masks, adversarial floats, argument errors, determinism, torch.library and compile."""
+
+import math
+
+import pytest
+import torch
+from oracle import poison, random_tokenwise, same_bits
+
+from fastrlhf import functional as F
+
+ops = torch.ops.fastrlhf
+ALL_ON = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, "entropy_coef": 0.1, "kl_coef": 0.2}
+
+
+def everything(shape=(4, 29), seed=0):
+    log_probs, old, advantages, weights, entropy, ref, mask = random_tokenwise(6, *shape, seed=seed)
+    return [log_probs, old, advantages], mask, {"weights": weights, "entropy": entropy, "ref_log_probs": ref}
+
+
+def ppo(arguments, mask, tensors, **options):
+    log_probs = arguments[0].clone().requires_grad_()
+    entropy = tensors["entropy"].clone().requires_grad_()
+    loss, stats = F.ppo_loss(log_probs, *arguments[1:], mask, **(tensors | {"entropy": entropy}), **(ALL_ON | options))
+    return loss.detach(), torch.stack(list(stats)), *torch.autograd.grad(loss, (log_probs, entropy))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_what_stands_under_the_mask_changes_no_bit(aggregation, ratio_level):
+    arguments, mask, tensors = everything()
+    options = {"aggregation": aggregation, "ratio_level": ratio_level, "advantage_stats": torch.tensor([0.3, 2.0])}
+    clean = ppo(arguments, mask, tensors, **options)
+    dirty = ppo([poison(x, mask) for x in arguments], mask, {k: poison(x, mask) for k, x in tensors.items()}, **options)
+    assert all(same_bits(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not clean[2][~mask].any()
+    assert not clean[3][~mask].any()
+
+
+def test_value_loss_under_the_mask():
+    values, old, returns, mask = random_tokenwise(3, 4, 29)
+    results = []
+    for clean in (True, False):
+        v, o, r = (x if clean else poison(x, mask) for x in (values, old, returns))
+        leaf = v.clone().requires_grad_()
+        loss, stats = F.value_loss(leaf, o, r, mask, clip=0.2)
+        results.append((loss.detach(), torch.stack(list(stats)), *torch.autograd.grad(loss, leaf)))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("shape", [(3, 7), (0, 7), (3, 0)])
+def test_nothing_counts(aggregation, shape):
+    nan = torch.full(shape, float("nan"))
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for ratio_level in ("token", "sequence"):
+        results = ppo(
+            [nan, nan, nan],
+            mask,
+            dict.fromkeys(("weights", "entropy", "ref_log_probs"), nan),
+            aggregation=aggregation,
+            ratio_level=ratio_level,
+        )
+        assert not any(x.any() for x in results)
+    leaf = nan.clone().requires_grad_()
+    loss, stats = F.value_loss(leaf, nan, nan, mask, clip=0.2, aggregation=aggregation)
+    loss.backward()
+    assert not loss.any()
+    assert not torch.stack(list(stats)).any()
+    assert not leaf.grad.any()
+
+
+def test_no_pairs():
+    chosen = torch.zeros(0, requires_grad=True)
+    loss, stats = F.pairwise_reward_loss(chosen, torch.zeros(0))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not torch.stack(list(stats)).any()
+
+
+def test_impossible_tokens_and_overflowing_ratios():
+    """+-inf log-probs meet the clamp; the gradient there is 0, and nothing turns into nan."""
+    inf = math.inf
+    log_probs = torch.tensor([[-inf, -1.0, 200.0, -200.0]], requires_grad=True)
+    old = torch.tensor([[-1.0, -inf, 0.0, 0.0]])
+    loss, stats = F.ppo_loss(log_probs, old, torch.tensor([[1.0, -1.0, -1.0, 1.0]]), torch.ones(1, 4))
+    loss.backward()
+    assert loss.isfinite()
+    assert log_probs.grad.tolist() == [[0.0] * 4]
+    assert stats.ratio_max.item() == pytest.approx(math.exp(20), rel=1e-6)
+    assert stats.ratio_min.item() == pytest.approx(math.exp(-20), rel=1e-6)
+
+
+def test_an_unclamped_ratio_may_overflow_and_says_so():
+    loss, _ = F.ppo_loss(
+        torch.tensor([[100.0]]), torch.zeros(1, 1), -torch.ones(1, 1), torch.ones(1, 1), log_ratio_clamp=None
+    )
+    assert loss.item() == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_in_a_token_that_counts_is_not_hidden(bad):
+    """inf - inf too: a token impossible under both policies has no ratio."""
+    x = torch.zeros(1, 3)
+    broken = x.clone()
+    broken[0, 1] = bad
+    loss, _ = F.ppo_loss(broken, broken.clone(), x + 1, torch.ones(1, 3))
+    assert loss.isnan()
+    assert F.value_loss(broken, None, broken.clone(), torch.ones(1, 3))[0].isnan()
+    assert F.pairwise_reward_loss(broken[0], broken[0].clone())[0].isnan()
+
+
+def test_a_batch_in_bf16_is_computed_in_fp32():
+    arguments, mask, _ = everything()
+    low = [x.bfloat16() for x in arguments]
+    leaf = low[0].clone().requires_grad_()
+    loss, _ = F.ppo_loss(leaf, *low[1:], mask)
+    loss.backward()
+    expected, _ = F.ppo_loss(*(x.float() for x in low), mask)
+    assert loss.dtype == torch.float32
+    assert loss == expected
+    assert leaf.grad.dtype == torch.bfloat16
+
+
+def test_token_losses_take_any_one_shape():
+    arguments, mask, _ = everything()
+    flat, _ = F.ppo_loss(*(x.reshape(-1) for x in arguments), mask.reshape(-1))
+    assert flat == F.ppo_loss(*arguments, mask)[0]
+    transposed, _ = F.ppo_loss(*(x.T for x in arguments), mask.T)
+    torch.testing.assert_close(transposed, flat)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    arguments, mask, tensors = everything((3, 20_000))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ppo(arguments, mask, tensors))
+    torch.set_num_threads(before)
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_sequence_does_not_depend_on_its_batch():
+    arguments, mask, tensors = everything((5, 333))
+    options = {"aggregation": "seq-mean-token-sum", "denominator": 1.0}
+    _, _, batch, _ = ppo(arguments, mask, tensors, **options)
+    alone = ppo([x[2:3] for x in arguments], mask[2:3], {k: x[2:3] for k, x in tensors.items()}, **options)
+    assert same_bits(batch[2:3], alone[2])
+
+
+def test_gradients_nobody_needs_are_not_computed():
+    arguments, mask, tensors = everything()
+    raw = raw_ppo(arguments, mask, tensors, needs_grad=False)
+    assert raw[2].numel() == raw[3].numel() == 0
+    assert not F.ppo_loss(*arguments, mask)[0].requires_grad
+    with torch.no_grad():
+        assert not F.ppo_loss(arguments[0].requires_grad_(), *arguments[1:], mask)[0].requires_grad
+
+
+def test_stats_carry_no_gradient():
+    arguments, mask, _ = everything()
+    loss, stats = F.ppo_loss(arguments[0].requires_grad_(), *arguments[1:], mask)
+    assert loss.requires_grad
+    assert not any(x.requires_grad for x in stats)
+    assert all(x.shape == () for x in stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"advantages": torch.zeros(3)}, r"advantages: got shape \(3,\), wanted \(3, 4\), the shape of log_probs"),
+        ({"old_log_probs": torch.zeros(3, 1)}, r"old_log_probs: got shape \(3, 1\), wanted \(3, 4\)"),
+        ({"mask": torch.ones(1, 4)}, r"mask: got shape \(1, 4\)"),
+        ({"mask": None}, "mask: got NoneType, wanted a torch.Tensor"),
+        ({"advantages": torch.zeros(3, 4, dtype=torch.float64)}, "advantages: got dtype float64, wanted float32"),
+        ({"advantages": torch.zeros(3, 4, device="meta")}, "advantages: got device meta, wanted cpu"),
+        ({"aggregation": "mean"}, "aggregation: got 'mean', wanted one of 'token-mean', 'seq-mean-token-sum'"),
+        ({"ratio_level": "word"}, "ratio_level: got 'word'"),
+        ({"kl_estimator": "k4"}, "kl_estimator: got 'k4'"),
+        ({"clip_low": -0.1}, "clip_low: got -0.1, wanted a finite number >= 0.0 and <= 1.0"),
+        ({"clip_high": float("inf")}, "clip_high: got inf"),
+        ({"dual_clip": 1.0}, "dual_clip: got 1.0, wanted a finite number > 1.0"),
+        ({"log_ratio_clamp": 0}, "log_ratio_clamp: got 0"),
+        ({"denominator": 0}, "denominator: got 0"),
+        ({"denominator": torch.ones(2)}, r"denominator: got shape \(2,\), wanted one number"),
+        ({"entropy_coef": 0.1}, "entropy: got None, wanted a tensor, because entropy_coef=0.1"),
+        ({"kl_coef": 0.1}, "ref_log_probs: got None, wanted a tensor, because kl_coef=0.1"),
+        ({"advantage_stats": torch.ones(3)}, r"advantage_stats: got shape \(3,\), wanted \(2,\)"),
+        ({"weights": torch.ones(4)}, r"weights: got shape \(4,\)"),
+    ],
+)
+def test_ppo_loss_names_wrong_arguments(change, message):
+    names = ("log_probs", "old_log_probs", "advantages", "mask")
+    with pytest.raises(ValueError, match=message):
+        F.ppo_loss(**({name: torch.zeros(3, 4) for name in names} | change))
+
+
+def test_sequences_are_needed_for_sequence_options():
+    x = torch.zeros(6)
+    for options in ({"aggregation": "seq-mean-token-sum"}, {"ratio_level": "sequence"}):
+        with pytest.raises(ValueError, match=r"log_probs: got shape \(6,\), wanted \[B, T\], because"):
+            F.ppo_loss(x, x, x, x, **options)
+
+
+def test_other_losses_name_wrong_arguments():
+    x = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"returns: got shape \(3,\), wanted \(3, 4\)"):
+        F.value_loss(x, x, torch.zeros(3), x)
+    with pytest.raises(ValueError, match=r"old_values: got None, wanted a tensor, because clip=0\.2"):
+        F.value_loss(x, None, x, x, clip=0.2)
+    with pytest.raises(ValueError, match=r"chosen: got shape \(3, 4\), wanted 1 dimension"):
+        F.pairwise_reward_loss(x, x)
+    with pytest.raises(ValueError, match=r"margin: got shape \(1,\), wanted \(3,\)"):
+        F.pairwise_reward_loss(x[:, 0], x[:, 0], margin=torch.ones(1))
+
+
+def raw_ppo(arguments, mask, tensors, needs_grad=True, call=ops.ppo_loss):
+    options = (0.2, 0.2, math.inf, 20.0, 0.1, 0.2, 2, False, 0, needs_grad)
+    stats, denominator = torch.tensor([0.1, 2.0]), torch.tensor(5.0)
+    w, e, r = tensors["weights"], tensors["entropy"], tensors["ref_log_probs"]
+    return call(*arguments, mask, w, stats, e, r, denominator, *options)
+
+
+def test_opcheck():
+    arguments, mask, tensors = everything((3, 5))
+    opcheck = torch.library.opcheck
+    leaf = arguments[0].clone().requires_grad_()
+    leaf_tensors = tensors | {"entropy": tensors["entropy"].clone().requires_grad_()}
+
+    def call(*args):
+        return opcheck(ops.ppo_loss.default, args)
+
+    raw_ppo([leaf, *arguments[1:]], mask, leaf_tensors, call=call)
+    raw_ppo(arguments, mask, tensors, needs_grad=False, call=call)
+    old, returns = arguments[1:]
+    opcheck(ops.value_loss.default, (leaf, old, returns, mask, None, 0.2, 2, True))
+    opcheck(ops.value_loss.default, (arguments[0], None, returns, mask, torch.tensor(3.0), math.inf, 0, False))
+    pair = (leaf.detach()[:, 0].clone().requires_grad_(), old[:, 0].clone().requires_grad_())
+    opcheck(ops.pairwise_reward_loss.default, (*pair, returns[:, 0].clone(), 0.01, True))
+
+
+def test_compiles_as_one_graph():
+    arguments, mask, tensors = everything()
+
+    def step(log_probs, old, advantages, mask, entropy, ref):
+        loss, stats = F.ppo_loss(
+            log_probs * 1.5, old, advantages, mask, entropy=entropy, ref_log_probs=ref, **ALL_ON, denominator=11
+        )
+        value, _ = F.value_loss(log_probs, old, advantages, mask, clip=0.2)
+        pair, _ = F.pairwise_reward_loss(log_probs[:, 0], old[:, 0])
+        return loss + value + pair, stats.approx_kl
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        leaf = arguments[0].clone().requires_grad_()
+        loss, kl = function(leaf, *arguments[1:], mask, tensors["entropy"], tensors["ref_log_probs"])
+        loss.backward()
+        results.append((loss.detach(), kl, leaf.grad))
+    torch.testing.assert_close(*results)
