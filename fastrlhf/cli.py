@@ -99,7 +99,10 @@ def env(argv: list[str]) -> None:
     ops = Table(title="Which backend serves which op")
     for column in ("op", "cpu", "cuda", "other devices"):
         ops.add_column(column, overflow="fold")
-    for op, backend in backend_table().items():
+    table = backend_table()
+    for op, backend in table.items():
+        if "_backward" in op and backend == table.get(op.split("_backward")[0]):
+            continue  # named apart from its op only where it is served by something else
         ops.add_row(op, backend["cpu"], backend["cuda"], backend["other"])
     console.print(ops)
 

@@ -97,10 +97,9 @@ class TestTop:
         assert main(["env"]) == 0
         out = capsys.readouterr().out
         assert "transformers" in out
-        assert "AVX" in out or "DEFAULT" in out or "NEON" in out.upper() or "SVE" in out
         assert len(backend_table()) > 5
         for op in backend_table():
-            assert op[:20] in out
+            assert op.split("_backward")[0] in out
 
     def test_demo_gets_its_own_arguments(self, monkeypatch):
         seen, demo = [], ModuleType("fastrlhf.demo")

@@ -1,0 +1,52 @@
+# make demo        the whole way from a clone: environment, SFT, reward model, PPO, and the numbers in runs/demo
+# make demo QUICK=1   every stage in a few minutes, without targets
+# make test        all tests          make lint   style          make gpu-audit   GPU kernels, compiled without a GPU
+# make clean       takes away what these made, but not runs/
+#
+# PYTHON  the Python to make .venv with (3.10 or newer)
+# TORCH   what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# ARGS    more arguments, for `fastrlhf demo` or for pytest
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+
+.PHONY: demo test lint gpu-audit clean
+
+demo: .venv/.demo
+	$(BIN)/fastrlhf demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-audit: .venv/.test
+	$(BIN)/python bench/gpu_audit.py
+
+clean:
+	rm -rf .venv build *.egg-info fastrlhf/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each step of the installation leaves a stamp and is not repeated until what it depends on changes.
+# The C++ part is built against the torch that is there, so torch comes first and pip builds without isolation.
+.venv/.torch:
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null \
+	    || { echo "Installing $(TORCH)"; $(PIP) $(TORCH); }
+	$(PIP) "setuptools>=77" wheel
+	@touch $@
+
+.venv/.demo: .venv/.torch $(SOURCES)
+	@echo "Installing fastrlhf"
+	$(PIP) --no-build-isolation -e ".[demo]"
+	@touch $@
+
+.venv/.test: .venv/.demo
+	$(PIP) --no-build-isolation -e ".[test,demo]"
+	@touch $@

@@ -1,0 +1,41 @@
+"""What the README shows runs: its Python as it stands, on files and a model of two layers in place of the hub's."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from tiny import save_tiny_model
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROWS = {
+    "sft.jsonl": {"prompt": "the film was", "completion": " good"},
+    "pairs.jsonl": {"chosen": "the film was good", "rejected": "the film was bad"},
+    "prompts.jsonl": {"prompt": "the film was"},
+}
+# So that each runs in a second.
+QUICK = {"max_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+QUICK_PPO = {**QUICK, "rollout_batch_size": 4, "per_device_train_batch_size": 4, "response_length": 4}
+
+
+def test_each_piece_has_its_block():
+    assert len(BLOCKS) == 4
+    assert all(block.strip().count("\n") == 4 for block in BLOCKS)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["ops", "sft", "reward", "ppo"])
+def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.chdir(tmp_path)
+    for name, row in ROWS.items():
+        Path(name).write_text((json.dumps(row) + "\n") * 8)
+    save_tiny_model(Path("runs/sft"))
+    save_tiny_model(Path("runs/reward"), reward=True)
+    block = block.replace("HuggingFaceTB/SmolLM2-135M", "runs/sft")
+    block = re.sub(r'((SFT|Reward)Config\(output_dir="[^"]*")', rf"\1, **{QUICK}", block)
+    block = re.sub(r'(PPOConfig\(output_dir="[^"]*")', rf"\1, **{QUICK_PPO}", block)
+    exec(block, {})
