@@ -97,8 +97,9 @@ def env(argv: list[str]) -> None:
     from fastrlhf.backends import backend_table
 
     ops = Table(title="Which backend serves which op")
-    for column in ("op", "cpu", "cuda", "other devices"):
-        ops.add_column(column, overflow="fold")
+    ops.add_column("op", no_wrap=True)
+    for column in ("cpu", "cuda", "other devices"):
+        ops.add_column(column)
     table = backend_table()
     for op, backend in table.items():
         if "_backward" in op and backend == table.get(op.split("_backward")[0]):
