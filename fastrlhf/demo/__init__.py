@@ -21,6 +21,7 @@ def run_from_command_line(argv: Sequence[str]) -> None:
 
 def run(args: DemoArguments) -> dict:
     """Every stage in order; a finished stage is not repeated, an interrupted one goes on. Returns the summary."""
+    from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     from fastrlhf.demo import judgement, report, stages
@@ -28,6 +29,8 @@ def run(args: DemoArguments) -> dict:
     from fastrlhf.demo.workspace import Workspace
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     logging.getLogger("fastrlhf").setLevel(logging.ERROR)
     console = Console()
     recipe = args.recipe()

@@ -67,8 +67,8 @@ def split_snippets(snippets: list[RatedText], recipe: Recipe) -> DemoData:
 def comparison_blocks(snippets: list[RatedText], blocks: int, texts: int, pairs: int, rng: random.Random) -> Dataset:
     """`blocks` times `pairs` comparisons, each block among `texts` snippets of its own.
 
-    Read in order with a batch of `pairs`, a training step sees many comparisons and few texts, as in Ouyang et al. 2022,
-    section 3.5: every text is read once and learns from all it is compared with.
+    Read in order with a batch of `pairs`, a training step sees many comparisons and few texts, as in Ouyang et al.
+    2022, section 3.5: every text is read once and learns from all it is compared with.
     """
     rows: list[tuple[str, str]] = []
     deck: list[RatedText] = []
@@ -97,7 +97,7 @@ def random_pairs(snippets: list[RatedText], count: int, rng: random.Random) -> D
 
 
 def split_preferences(dataset: Dataset, recipe: Recipe) -> DemoData:
-    """The same parts from a preference data set with `chosen` and `rejected` texts (and `prompt`, or hh-rlhf's layout)."""
+    """The same parts from a preference data set: `chosen` and `rejected`, and `prompt` or hh-rlhf's transcripts."""
     needed = 5 * max(recipe.eval_prompts, recipe.rollout_batch_size)
     if not {"chosen", "rejected"} <= set(dataset.column_names) or len(dataset) < needed:
         raise ValueError(

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Workspace:
             if changed:
                 told = ", ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in changed)
                 raise ValueError(
-                    f"output_dir: {folder} was begun with other settings ({told}). Choose another output_dir or delete it"
+                    f"output_dir: {folder} was begun with other settings ({told}). Choose another or delete it"
                 )
 
     def stage_folder(self, name: str) -> str:
@@ -88,8 +89,6 @@ class Workspace:
 
     def drop_checkpoints(self, name: str) -> None:
         """Delete a finished stage's checkpoints; the final model stays."""
-        import shutil
-
         for checkpoint in (self.folder / name).glob("checkpoint-*"):
             with suppress(OSError):
                 shutil.rmtree(checkpoint)

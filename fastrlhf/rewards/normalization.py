@@ -17,7 +17,7 @@ def normalize(scores: Tensor) -> Tensor:
 
 @dataclass
 class RunningNormalizer:
-    """Scores to mean 0 and standard deviation 1 over all batches so far (Welford 1962, merged as in Chan et al. 1979)."""
+    """Scores to mean 0 and standard deviation 1 over all batches so far (Welford 1962; merged: Chan et al. 1979)."""
 
     count: int = 0
     mean: float = 0.0

@@ -23,6 +23,7 @@ class BaseTrainer(Trainer):
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
         args.remove_unused_columns = False  # the collators name the columns they take
+        args.dataloader_pin_memory &= args.device.type != "cpu"
         super().__init__(args=args, **kwargs)
         self.add_callback(JsonLines)
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)

@@ -56,7 +56,7 @@ class SFTTrainer(ScorerTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        # The loss below is normalised by the tokens of the whole accumulated batch, which the collator's `labels` count.
+        # The loss is normalised by the tokens of the whole accumulated batch, which the collator's `labels` count.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
 

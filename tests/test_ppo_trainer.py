@@ -1,0 +1,294 @@
+"""PPOTrainer: invariants of the first step, what is scored and saved, and what happens when things go wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fastrlhf.rewards import RewardError
+from fastrlhf.trainers import PPOConfig, PPOTrainer
+
+PROMPTS = Dataset.from_dict({"prompt": ["the good", "a bad film", "so", "Human: hi"] * 4, "weight": [1.0, 2.0] * 8})
+
+
+def count_letters(prompts, completions, **columns):
+    return [float(sum(c.isalpha() for c in completion)) for completion in completions]
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "max_steps": 1,
+        "rollout_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "num_ppo_epochs": 1,
+        "response_length": 6,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "reward_normalization": "batch",
+    }
+    return PPOConfig(str(tmp_path / "out"), report_to="none", disable_tqdm=True, **{**defaults, **options})
+
+
+def trainer(tmp_path, reward_funcs=count_letters, model=None, train_dataset=PROMPTS, **options):
+    names = ("ref_model", "value_model", "peft_config", "model_init_kwargs", "eval_dataset", "processing_class")
+    arguments = {name: options.pop(name) for name in names if name in options}
+    model = model or save_tiny_model(tmp_path / "model")
+    return PPOTrainer(model, config(tmp_path, **options), reward_funcs, train_dataset, **arguments)
+
+
+def first_log(ours):
+    ours.train()
+    return ours.state.log_history[0]
+
+
+class TestFirstStep:
+    """Known results of a correct implementation: ratio 1, KL 0, nothing clipped, policy loss -mean(whitened A) = 0."""
+
+    def check(self, log):
+        assert log["val/ratio"] == 1.0
+        assert log["policy/approxkl_avg"] == 0.0
+        assert log["policy/clipfrac_avg"] == 0.0
+        assert log["val/clipfrac_avg"] == 0.0
+        assert abs(log["loss/policy_avg"]) < 1e-6
+        assert log["objective/kl"] == 0.0
+
+    def test_fp32(self, tmp_path):
+        self.check(first_log(trainer(tmp_path)))
+
+    def test_bf16(self, tmp_path):
+        self.check(first_log(trainer(tmp_path, model_init_kwargs={"dtype": torch.bfloat16})))
+
+    def test_lora(self, tmp_path):
+        self.check(first_log(trainer(tmp_path, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"))))
+
+    def test_separate_value_model(self, tmp_path):
+        value_model = save_tiny_model(tmp_path / "value", reward=True)
+        self.check(first_log(trainer(tmp_path, value_model=value_model)))
+
+    def test_other_temperature(self, tmp_path):
+        self.check(first_log(trainer(tmp_path, temperature=0.7)))
+
+    def test_pad_equal_to_eos(self, tmp_path):
+        tokenizer = tiny_tokenizer(pad_is_eos=True)
+        self.check(first_log(trainer(tmp_path, processing_class=tokenizer)))
+
+
+def test_only_response_tokens_reach_the_lm_head(tmp_path):
+    ours = trainer(tmp_path)
+    rows = list(ours.train_dataset)[:8]
+    rollout = ours.engine.generate([row["prompt_ids"] for row in rows], ours.sampling)
+    seen = []
+    ours.scorer.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    ours.score_rollout(ours.model, rollout, ours.micro_batches(rollout))
+    assert sum(seen) == sum(len(response) for response in rollout.responses)
+
+
+def test_log_probs_and_values_are_the_models_own(tmp_path):
+    ours = trainer(tmp_path, temperature=0.5)
+    torch.nn.init.normal_(ours.scorer.value_head.weight)
+    rows = list(ours.train_dataset)[:8]
+    rollout = ours.engine.generate([row["prompt_ids"] for row in rows], ours.sampling)
+    log_probs, entropy, values = ours.score_rollout(ours.model, rollout, ours.micro_batches(rollout))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        output = model(torch.tensor([[*prompt, *response]]), output_hidden_states=True)
+        at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        wanted = (output.logits[0, at] / 0.5).log_softmax(-1)
+        n = len(response)
+        torch.testing.assert_close(
+            log_probs[i, :n], wanted.gather(1, torch.tensor(response)[:, None])[:, 0], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(entropy[i, :n], -(wanted.exp() * wanted).sum(-1), rtol=1e-4, atol=1e-5)
+        hidden = output.hidden_states[-1][0, at]
+        torch.testing.assert_close(values[i, :n], ours.scorer.value_head(hidden)[:, 0], rtol=1e-4, atol=1e-5)
+        assert not log_probs[i, n:].any()
+        assert not values[i, n:].any()
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    weights = []
+    for size in (8, 2):
+        ours = trainer(tmp_path, per_device_train_batch_size=size, optim="sgd", learning_rate=0.1, warmup_steps=0)
+        ours.train()
+        weights.append(torch.cat([p.detach().flatten() for p in ours.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_reward_models_columns_and_weights(tmp_path):
+    def weight(prompts, completions, weight, **columns):
+        return weight
+
+    ours = trainer(
+        tmp_path,
+        reward_funcs=[save_tiny_model(tmp_path / "reward", reward=True), weight],
+        reward_weights=[0.0, 3.0],
+        rollout_batch_size=16,
+        reward_normalization="none",
+    )
+    log = first_log(ours)
+    assert log["objective/scores"] == pytest.approx(4.5)
+    assert log["rewards/weight"] == pytest.approx(1.5)
+    assert "rewards/reward_model" in log
+
+
+def test_conversations(tmp_path):
+    chat = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+    model = save_tiny_model(tmp_path / "model", chat=chat)
+    seen = []
+
+    def judge(prompts, completions, **columns):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    prompts = [[{"role": "user", "content": "hi"}]] * 8
+    trainer(tmp_path, judge, model, Dataset.from_dict({"prompt": prompts})).train()
+    assert seen[0][0] == prompts[0]
+    assert seen[0][1][0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_resumes_bit_for_bit(tmp_path, value):
+    """Value model not saved, resume impossible (TRL #1650, #2444)."""
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+        "reward_normalization": "running",
+    }
+    if value == "model":
+        options["value_model"] = save_tiny_model(tmp_path / "value", reward=True)
+    straight = trainer(tmp_path, **options)
+    straight.train()
+    records = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for (name, mine), theirs in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert straight.reward_normalizer == resumed.reward_normalizer
+    again = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in again[:4]] == [1, 2, 3, 4]
+    assert len(again) == len(records)
+
+
+def test_saved_models_load_with_transformers(tmp_path):
+    ours = trainer(tmp_path, value_model=save_tiny_model(tmp_path / "value", reward=True))
+    ours.train()
+    ours.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for mine, theirs in zip(ours.scorer.model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "value_model")
+
+
+def test_lora_trains_the_adapters_only(tmp_path):
+    ours = trainer(tmp_path, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"), max_steps=3, learning_rate=1e-2)
+    ours.train()
+    assert ours.ref_scorer is None
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    trained = dict(ours.scorer.model.named_parameters())
+    moved = [name for name, p in trained.items() if p.requires_grad]
+    assert moved
+    assert all("lora" in name for name in moved)
+    for name, weight in base.named_parameters():
+        name = name if f"base_model.model.{name}" in trained else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(trained[f"base_model.model.{name}"], weight), name
+    assert ours.state.log_history[-2]["objective/kl"] != 0
+
+
+def test_evaluate(tmp_path):
+    ours = trainer(tmp_path, eval_dataset=PROMPTS.select(range(4)))
+    metrics = ours.evaluate()
+    assert metrics["eval_objective/kl"] == 0
+    assert math.isfinite(metrics["eval_objective/scores"])
+
+
+class TestWhenThingsGoWrong:
+    def test_a_nan_reward_keeps_what_was_trained(self, tmp_path):
+        calls = []
+
+        def judge(prompts, completions, **columns):
+            calls.append(1)
+            return [math.nan if len(calls) == 3 else 1.0] * len(prompts)
+
+        ours = trainer(tmp_path, judge, max_steps=5, save_strategy="steps", save_steps=100)
+        with pytest.raises(RewardError, match="judge returned nan for completion 0"):
+            ours.train()
+        assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
+        resumed = trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=100)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 3
+
+    def test_a_full_disk_keeps_the_last_checkpoint(self, tmp_path, monkeypatch):
+        ours = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        save, calls = torch.save, []
+
+        def full(obj, file, *args, **kwargs):
+            calls.append(str(file))
+            if "checkpoint-4" in str(file):
+                raise OSError(28, "No space left on device")
+            return save(obj, file, *args, **kwargs)
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"output_dir: checkpoint .*checkpoint-4 could not be written .*No space left"
+        ):
+            ours.train()
+        assert not (tmp_path / "out" / "checkpoint-4").exists()
+        assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
+
+    def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(self, tmp_path):
+        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        trainer(tmp_path, **options).train()
+        (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+        ours = trainer(tmp_path, **options)
+        ours.train(resume_from_checkpoint=True)
+        assert ours.state.global_step == 2
+
+    def test_no_checkpoint_to_resume_from(self, tmp_path):
+        with pytest.raises(ValueError, match="holds no complete checkpoint"):
+            trainer(tmp_path).train(resume_from_checkpoint=True)
+
+    def test_too_few_prompts(self, tmp_path):
+        with pytest.raises(ValueError, match="train_dataset has 16 prompts, fewer than rollout_batch_size=32"):
+            trainer(tmp_path, rollout_batch_size=32)
+
+    def test_a_long_prompt(self, tmp_path):
+        with pytest.raises(ValueError, match="max_prompt_length"):
+            trainer(tmp_path, max_prompt_length=2)
+
+    def test_a_model_that_does_not_exist(self, tmp_path):
+        with pytest.raises(OSError, match="model='nowhere/at-all' could not be loaded with AutoModelForCausalLM"):
+            trainer(tmp_path, model="nowhere/at-all")
+
+    def test_a_tokenizer_without_pad_token(self, tmp_path):
+        tokenizer = tiny_tokenizer(pad_is_eos=False)
+        tokenizer.pad_token = None
+        log = first_log(trainer(tmp_path, processing_class=tokenizer))
+        assert log["val/ratio"] == 1.0
+
+    def test_a_tokenizer_without_eos(self, tmp_path):
+        tokenizer = tiny_tokenizer(pad_is_eos=False)
+        tokenizer.eos_token = None
+        with pytest.raises(ValueError, match="no eos_token"):
+            trainer(tmp_path, processing_class=tokenizer)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 must be 1"),
+            ({"num_mini_batches": 3}, "rollout_batch_size=8 must be a multiple of num_mini_batches=3"),
+            ({"per_device_train_batch_size": 3}, "per_device_train_batch_size=3"),
+            ({"kl_estimator": "k9"}, "kl_estimator='k9' must be one of k1, k2, k3, abs"),
+            ({"response_length": 0}, "response_length=0 must be greater than 0"),
+        ],
+    )
+    def test_bad_arguments(self, tmp_path, options, said):
+        with pytest.raises(ValueError, match=said):
+            config(tmp_path, **options)

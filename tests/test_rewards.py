@@ -1,0 +1,146 @@
+"""Reward functions, reward models as functions, normalisation and calibration."""
+
+import math
+
+import pytest
+import torch
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from fastrlhf.rewards import (
+    RewardError,
+    RewardModel,
+    Rewards,
+    RunningNormalizer,
+    expected_calibration_error,
+    normalize,
+)
+from fastrlhf.rewards.reward_model import score_in_fp32
+
+
+def length(prompts, completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+
+def constant(prompts, completions, bonus, **columns):
+    return bonus
+
+
+class TestRewards:
+    def test_weighted_sum_and_columns(self):
+        rewards = Rewards([length, constant], weights=[2.0, 0.5])
+        total, each = rewards(["a", "b"], ["xx", "yyy"], {"bonus": [10, 20]})
+        assert total.tolist() == [2 * 2 + 5, 2 * 3 + 10]
+        assert {name: values.tolist() for name, values in each.items()} == {"length": [2, 3], "constant": [10, 20]}
+
+    def test_functions_of_one_name_are_told_apart(self):
+        assert Rewards([length, length]).names == ["length_0", "length_1"]
+
+    @pytest.mark.parametrize(
+        ("returned", "said"),
+        [
+            ([1.0], "returned 1 rewards for 2 completions"),
+            ([1.0, math.nan], "returned nan for completion 1"),
+            ([math.inf, 1.0], "returned inf for completion 0"),
+            ([1.0, "good"], r"returned 'good' \(str\) for completion 1, a number is wanted"),
+            ([None, 1.0], "returned None"),
+            (3.0, "returned float, a list of 2 numbers"),
+        ],
+    )
+    def test_unusable_returns(self, returned, said):
+        def judge(prompts, completions, **columns):
+            return returned
+
+        with pytest.raises(RewardError, match=f"judge {said}"):
+            Rewards(judge)(["a", "b"], ["x", "y"], {})
+
+    def test_a_raising_function_is_named(self):
+        def judge(prompts, completions, **columns):
+            raise KeyError("lexicon")
+
+        with pytest.raises(RewardError, match="judge raised KeyError: 'lexicon'"):
+            Rewards(judge)(["a"], ["x"], {})
+
+    @pytest.mark.parametrize(
+        ("funcs", "weights", "said"),
+        [([], None, "empty"), ([length], [1, 2], "2 weights for 1"), ([3], None, "int is neither")],
+    )
+    def test_bad_arguments(self, funcs, weights, said):
+        with pytest.raises(ValueError, match=said):
+            Rewards(funcs, weights)
+
+    def test_missing_model(self):
+        with pytest.raises(OSError, match=r"reward_funcs='nowhere/at-all' could not be loaded"):
+            Rewards("nowhere/at-all")
+
+
+class TestRewardModel:
+    def test_scores_are_the_models_own_on_text_with_eos(self, tmp_path):
+        folder = save_tiny_model(tmp_path, reward=True)
+        scored = RewardModel(folder, batch_size=2)(["the ", "a", ""], ["good film", " bad one and then some", "x"])
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        tokenizer = tiny_tokenizer(pad_is_eos=False)
+        for text, score in zip(["the good film", "a bad one and then some", "x"], scored, strict=True):
+            tokens = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+            torch.testing.assert_close(model(tokens).logits.item(), score, rtol=1e-5, atol=1e-6)
+
+    def test_pad_equal_to_eos_is_replaced(self, tmp_path):
+        folder = save_tiny_model(tmp_path, reward=True)
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        tokenizer = tiny_tokenizer(pad_is_eos=True)
+        tokenizer.add_special_tokens({"unk_token": "<|pad|>"})
+        reward_model = RewardModel(model, tokenizer)
+        assert reward_model.tokenizer.pad_token == "<|pad|>"
+        assert tokenizer.pad_token == "<|im_end|>", "the caller's tokenizer is left as it was"
+
+    def test_too_long(self, tmp_path):
+        with pytest.raises(ValueError, match="max_length=4 of the reward model"):
+            RewardModel(save_tiny_model(tmp_path, reward=True), max_length=4)(["a long prompt"], [" and more"])
+
+    def test_half_precision_scores_are_fp32(self, tmp_path):
+        folder = save_tiny_model(tmp_path, reward=True)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16)
+        assert score_in_fp32(model)(torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
+
+
+class TestNormalization:
+    def test_batch(self):
+        scores = torch.tensor([1.0, 2.0, 3.0, 6.0])
+        torch.testing.assert_close(normalize(scores), (scores - 3) / scores.std())
+
+    def test_equal_scores_become_zero(self):
+        assert normalize(torch.full((4,), 7.0)).tolist() == [0, 0, 0, 0]
+        assert normalize(torch.tensor([7.0])).tolist() == [0]
+
+    def test_running_is_the_statistics_of_all_so_far(self):
+        torch.manual_seed(0)
+        batches = [torch.randn(n) * 3 + 50 for n in (5, 1, 17, 8)]
+        running, seen = RunningNormalizer(), torch.empty(0)
+        for batch in batches:
+            result = running(batch)
+            seen = torch.cat([seen, batch])
+            torch.testing.assert_close(result, (batch - seen.mean()) / seen.std(), rtol=1e-4, atol=1e-4)
+
+    def test_running_state_survives(self):
+        first, second = RunningNormalizer(), None
+        first(torch.tensor([1.0, 5.0]))
+        second = RunningNormalizer(**first.state_dict())
+        batch = torch.tensor([2.0, 9.0, 4.0])
+        assert first(batch).tolist() == second(batch).tolist()
+
+
+class TestCalibration:
+    def test_by_hand(self):
+        # 0.9 right, 0.9 right, 0.9 wrong (said 0.1 of the human's choice), 0.6 right
+        probabilities = torch.tensor([0.9, 0.9, 0.1, 0.6])
+        assert expected_calibration_error(probabilities) == pytest.approx((3 * (0.9 - 2 / 3) + (1 - 0.6)) / 4, abs=1e-6)
+
+    def test_a_calibrated_model_has_none(self):
+        torch.manual_seed(0)
+        truth = torch.sigmoid(torch.randn(200_000) * 2)
+        chosen_first = torch.rand_like(truth) < truth
+        assert expected_calibration_error(torch.where(chosen_first, truth, 1 - truth)) < 0.006
+
+    def test_empty(self):
+        with pytest.raises(ValueError, match="probabilities: empty"):
+            expected_calibration_error(torch.empty(0))
