@@ -47,6 +47,7 @@ clean:
 	$(PIP) --no-build-isolation -e ".[demo]"
 	@touch $@
 
-.venv/.test: .venv/.demo
+.venv/.test: .venv/.torch $(SOURCES)
+	@echo "Installing fastrlhf with its tests"
 	$(PIP) --no-build-isolation -e ".[test,demo]"
-	@touch $@
+	@touch .venv/.demo $@
