@@ -35,7 +35,7 @@ HOT_SOURCES = [
 HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 
 TORCH_2_10 = "0x020A000000000000"
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CAPABILITIES = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CAPABILITIES["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -1,7 +1,7 @@
 """The raw ops of csrc/ops.cpp for devices that have no kernel, each in terms of `fastrlhf.reference`.
 
-Only the calling convention is here: enumerations arrive as integers, "no limit" as infinity, and the ops that return
-their gradients get them from `torch.func.grad` over the reference (autograd itself is below us at this point).
+Enumerations arrive as integers, "no limit" as infinity. The token-wise losses return their gradients, and write them
+out here: an op runs below autograd, which therefore cannot be asked. The tests hold them against autograd's.
 """
 
 import math
@@ -101,10 +101,10 @@ def kl_divergence(
 def kl_divergence_backward(
     grad: Tensor, log_probs: Tensor, ref_log_probs: Tensor, estimator: int, clamp_input: float, clamp_output: float
 ) -> Tensor:
-    def total(x):
-        return (grad * kl_divergence(x, ref_log_probs, estimator, clamp_input, clamp_output)).sum()
-
-    return torch.func.grad(total)(log_probs)
+    log_ratio, name = log_probs - ref_log_probs, KL_ESTIMATORS[estimator]
+    held = log_ratio.clamp(-clamp_input, clamp_input)
+    inside = (held == log_ratio) & (reference.kl_estimate(held, name).abs() <= clamp_output)
+    return torch.where(inside, grad * reference.kl_slope(held, name), 0.0)
 
 
 def gae(
@@ -141,36 +141,49 @@ def ppo_loss(
     aggregation: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def loss(log_probs, entropy):
-        return reference.ppo_loss(
-            log_probs,
-            old_log_probs,
-            advantages,
-            mask,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=_limit(dual_clip),
-            log_ratio_clamp=_limit(log_ratio_clamp),
-            ratio_level="sequence" if sequence_ratio else "token",
-            weights=weights,
-            advantage_stats=advantage_stats,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            ref_log_probs=ref_log_probs,
-            kl_coef=kl_coef,
-            kl_estimator=KL_ESTIMATORS[kl_estimator],
-            aggregation=AGGREGATIONS[aggregation],
-            denominator=denominator,
-        )
-
-    nothing = log_probs.new_empty(0)
+    ratio_level, name = "sequence" if sequence_ratio else "token", AGGREGATIONS[aggregation]
+    loss, stats = reference.ppo_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=_limit(dual_clip),
+        log_ratio_clamp=_limit(log_ratio_clamp),
+        ratio_level=ratio_level,
+        weights=weights,
+        advantage_stats=advantage_stats,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        ref_log_probs=ref_log_probs,
+        kl_coef=kl_coef,
+        kl_estimator=KL_ESTIMATORS[kl_estimator],
+        aggregation=name,
+        denominator=denominator,
+    )
     if not needs_grad:
-        return *loss(log_probs, entropy), nothing, nothing.clone()
-    if entropy is None:
-        grad, (value, stats) = _grad_and_results(lambda x: loss(x, None), (0,), log_probs)
-        return value, stats, grad[0], nothing
-    (grad, grad_entropy), (value, stats) = _grad_and_results(loss, (0, 1), log_probs, entropy)
-    return value, stats, grad, grad_entropy
+        return loss, stats, log_probs.new_empty(0), log_probs.new_empty(0)
+
+    # d loss / d log r is -A r, or 0 where a clip or the clamp holds.
+    advantages = reference.whiten_by(reference.keep(advantages, mask), mask, advantage_stats)
+    log_ratio = reference.log_ratio_of(log_probs, old_log_probs, mask, ratio_level)
+    held = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
+    _, ratio, clipped, dual_clipped = reference.clipped_surrogate(
+        held, advantages, clip_low, clip_high, _limit(dual_clip)
+    )
+    slope = torch.where((held == log_ratio) & ~clipped & ~dual_clipped, -advantages * ratio, 0.0)
+    if weights is not None:
+        slope = slope * reference.keep(weights, mask)
+    shares = reference.token_weights(mask, slope.dtype, name, denominator)
+    grad = slope * shares
+    if sequence_ratio:  # the ratio is the exponential of a mean: each token carries its part of the summed slope
+        grad = mask * reference.divide(grad.sum(-1, keepdim=True), mask.sum(-1, keepdim=True))
+    if ref_log_probs is not None:
+        distance = reference.keep(log_probs, mask) - reference.keep(ref_log_probs, mask)
+        grad = grad + kl_coef * shares * reference.kl_slope(distance, KL_ESTIMATORS[kl_estimator])
+    grad_entropy = log_probs.new_empty(0) if entropy is None else -entropy_coef * shares
+    return loss, stats, torch.where(mask, grad, 0.0), grad_entropy
 
 
 def value_loss(
@@ -183,14 +196,19 @@ def value_loss(
     aggregation: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def loss(values):
-        options = {"clip": _limit(clip), "aggregation": AGGREGATIONS[aggregation], "denominator": denominator}
-        return reference.value_loss(values, old_values, returns, mask, **options)
-
+    name = AGGREGATIONS[aggregation]
+    options = {"clip": _limit(clip), "aggregation": name, "denominator": denominator}
+    loss, stats = reference.value_loss(values, old_values, returns, mask, **options)
     if not needs_grad:
-        return *loss(values), values.new_empty(0)
-    (grad,), (value, stats) = _grad_and_results(loss, (0,), values)
-    return value, stats, grad
+        return loss, stats, values.new_empty(0)
+    kept, target = reference.keep(values, mask), reference.keep(returns, mask)
+    slope = kept - target
+    if old_values is not None:  # 0 where the value held at the clip has the larger error
+        old = reference.keep(old_values, mask)
+        held = torch.minimum(torch.maximum(kept, old - clip), old + clip)
+        slope = torch.where((held - target) ** 2 > slope**2, 0.0, slope)
+    grad = slope * reference.token_weights(mask, slope.dtype, name, denominator)
+    return loss, stats, torch.where(mask, grad, 0.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,21 +228,10 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps
 def pairwise_reward_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def loss(chosen, rejected):
-        return reference.pairwise_reward_loss(chosen, rejected, margin=margin, center_coef=center_coef)
-
+    loss, stats = reference.pairwise_reward_loss(chosen, rejected, margin=margin, center_coef=center_coef)
     if not needs_grad:
-        return *loss(chosen, rejected), chosen.new_empty(0), chosen.new_empty(0)
-    (grad_chosen, grad_rejected), (value, stats) = _grad_and_results(loss, (0, 1), chosen, rejected)
-    return value, stats, grad_chosen, grad_rejected
-
-
-def _grad_and_results(function, positions, *args):
-    """The gradients of function(*args)[0], and everything function returned."""
-
-    def with_loss_kept(*args):
-        loss, stats = function(*args)
-        return loss, (loss, stats)
-
-    grads, (loss, stats) = torch.func.grad(with_loss_kept, argnums=positions, has_aux=True)(*args)
-    return grads, (loss.detach(), stats.detach())
+        return loss, stats, chosen.new_empty(0), chosen.new_empty(0)
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    slope, center = torch.sigmoid(-difference), 2 * center_coef * (chosen + rejected)
+    count = max(chosen.numel(), 1)
+    return loss, stats, (center - slope) / count, (center + slope) / count

@@ -23,6 +23,7 @@ def keep(x: Tensor, mask: Tensor) -> Tensor:
 
 def divide(total: Tensor, count: Tensor) -> Tensor:
     """total / count, and 0 where nothing was counted."""
+    count = count.to(total.dtype)
     return torch.where(count == 0, 0.0, total / torch.where(count == 0, 1.0, count))
 
 
@@ -34,6 +35,13 @@ def log_softmax(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Ten
     counts = tokens != IGNORED
     z = torch.where(counts.unsqueeze(-1), upcast(logits), 0.0) / temperature
     return counts, torch.log_softmax(z, dim=-1), torch.where(counts, torch.logsumexp(z, dim=-1), 0.0)
+
+
+def whiten_by(advantages: Tensor, mask: Tensor, stats: Tensor | None) -> Tensor:
+    if stats is None:
+        return advantages
+    mean, rstd = stats.to(advantages.dtype)
+    return torch.where(mask, (advantages - mean) * rstd, 0.0)
 
 
 def pick(log_p: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -107,6 +115,15 @@ def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: str = 
     return kl if clamp_output is None else kl.clamp(-clamp_output, clamp_output)
 
 
+def kl_slope(log_ratio: Tensor, estimator: str) -> Tensor:
+    """The derivative of `kl_estimate`, for those who cannot ask autograd."""
+    if estimator == "k1":
+        return torch.ones_like(log_ratio)
+    if estimator == "k2":
+        return log_ratio
+    return -torch.expm1(-log_ratio) if estimator == "k3" else log_ratio.sign()
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -137,18 +154,43 @@ def gae(
     return advantages, torch.where(counts, advantages + values, 0.0)
 
 
-def aggregate(losses: Tensor, mask: Tensor, aggregation: str, denominator=None) -> Tensor:
-    """One number from per-token losses that are 0 where the mask is. `denominator` replaces the local count."""
+def token_weights(mask: Tensor, dtype: torch.dtype, aggregation: str, denominator=None) -> Tensor:
+    """What each token's loss is multiplied with before everything is summed. `denominator` replaces the local count."""
+    weights = mask.to(dtype)
     if aggregation == "token-mean":
-        total, count = losses.sum(), mask.sum()
+        count = mask.sum()
     else:
-        lengths = mask.sum(-1)
-        per_sequence = losses.sum(-1)
+        lengths = mask.sum(-1, keepdim=True)
+        count = (lengths > 0).sum()
         if aggregation == "seq-mean-token-mean":
-            per_sequence = divide(per_sequence, lengths.to(losses.dtype))
-        total, count = per_sequence.sum(), (lengths > 0).sum()
-    count = count if denominator is None else torch.as_tensor(denominator, device=losses.device)
-    return divide(total, count.to(losses.dtype))
+            weights = divide(weights, lengths)
+    count = count if denominator is None else torch.as_tensor(denominator, device=mask.device)
+    return divide(weights, count)
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Schulman et al. 2017, equation 7, as a loss: max(-A r, -A clip(r)). Returns it, r, and where it was clipped."""
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(unclipped, clipped)
+    was_clipped = clipped > unclipped
+    was_dual_clipped = torch.zeros_like(was_clipped)
+    if dual_clip is not None:  # Ye et al. 2020 (arXiv:1912.09729), equation 5: bounds the loss where A < 0
+        bound = -advantages * dual_clip
+        was_dual_clipped = (advantages < 0) & (losses > bound)
+        losses = torch.where(was_dual_clipped, bound, losses)
+    return losses, ratio, was_clipped, was_dual_clipped
+
+
+def log_ratio_of(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, ratio_level: str) -> Tensor:
+    log_ratio = keep(log_probs, mask) - keep(old_log_probs, mask)
+    if ratio_level == "sequence":  # GSPO, arXiv:2507.18071, equation 7: the geometric mean over the sequence
+        mean = divide(log_ratio.sum(-1, keepdim=True), mask.sum(-1, keepdim=True))
+        log_ratio = torch.where(mask, mean, 0.0)
+    return log_ratio
 
 
 def ppo_loss(
@@ -172,64 +214,41 @@ def ppo_loss(
     aggregation: str = "token-mean",
     denominator=None,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of Schulman et al. 2017 (arXiv:1707.06347), equation 7, as a loss, with its later options.
+    """The clipped surrogate of Schulman et al. 2017 (arXiv:1707.06347), with its later options.
 
     Returns the loss and the ten numbers of `fastrlhf.functional.PPOStats`, in that order.
     """
     mask = mask.bool()
-    log_probs, old_log_probs = keep(log_probs, mask), keep(old_log_probs, mask)
-    advantages = keep(advantages, mask)
-    if advantage_stats is not None:
-        mean, rstd = advantage_stats.to(advantages.dtype)
-        advantages = torch.where(mask, (advantages - mean) * rstd, 0.0)
-
-    log_ratio = log_probs - old_log_probs
-    if ratio_level == "sequence":  # GSPO, arXiv:2507.18071, equation 7: the geometric mean over the sequence
-        mean_log_ratio = divide(log_ratio.sum(-1, keepdim=True), mask.sum(-1, keepdim=True).to(log_ratio.dtype))
-        log_ratio = torch.where(mask, mean_log_ratio, 0.0)
+    advantages = whiten_by(keep(advantages, mask), mask, advantage_stats)
+    log_ratio = log_ratio_of(log_probs, old_log_probs, mask, ratio_level)
     if log_ratio_clamp is not None:
         log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    ratio = log_ratio.exp()
-
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.maximum(unclipped, clipped)
-    was_clipped = mask & (clipped > unclipped)
-    was_dual_clipped = torch.zeros_like(mask)
-    if dual_clip is not None:  # Ye et al. 2020 (arXiv:1912.09729), equation 5: bounds the loss where A < 0
-        bound = -advantages * dual_clip
-        was_dual_clipped = mask & (advantages < 0) & (surrogate > bound)
-        surrogate = torch.where(was_dual_clipped, bound, surrogate)
+    surrogate, ratio, was_clipped, was_dual_clipped = clipped_surrogate(
+        log_ratio, advantages, clip_low, clip_high, dual_clip
+    )
     if weights is not None:
         surrogate = surrogate * keep(weights, mask)
-    surrogate = torch.where(mask, surrogate, 0.0)
 
-    losses = surrogate
-    kl = torch.zeros_like(log_probs)
+    losses, kl, bonus = surrogate, torch.zeros_like(ratio), torch.zeros_like(ratio)
     if ref_log_probs is not None:
-        kl = torch.where(mask, kl_estimate(log_probs - keep(ref_log_probs, mask), kl_estimator), 0.0)
+        kl = kl_estimate(keep(log_probs, mask) - keep(ref_log_probs, mask), kl_estimator)
         losses = losses + kl_coef * kl
     if entropy is not None:
-        entropy = keep(entropy, mask)
-        losses = losses - entropy_coef * entropy
-    loss = aggregate(losses, mask, aggregation, denominator)
+        bonus = keep(entropy, mask)
+        losses = losses - entropy_coef * bonus
+    shares = token_weights(mask, losses.dtype, aggregation, denominator)
+    loss = (losses * shares).sum()
 
     with torch.no_grad():
         count = mask.sum().to(loss.dtype)
-        zero = torch.zeros_like(loss)
-        masked_in = (lambda x, fill: torch.where(mask, x, fill)) if mask.numel() else None
-        stats = [
-            aggregate(surrogate, mask, aggregation, denominator),
-            divide(torch.where(mask, torch.expm1(log_ratio) - log_ratio, 0.0).sum(), count),
-            divide(was_clipped.sum().to(loss.dtype), count),
-            divide(was_dual_clipped.sum().to(loss.dtype), count),
-            divide(torch.where(mask, ratio, 0.0).sum(), count),
-            torch.where(count == 0, 0.0, masked_in(ratio, INFINITY).min()) if masked_in else zero,
-            torch.where(count == 0, 0.0, masked_in(ratio, -INFINITY).max()) if masked_in else zero,
-            zero if entropy is None else divide(entropy.sum(), count),
-            divide(kl.sum(), count),
-            count,
-        ]
+        mean = lambda x: divide(torch.where(mask, x.to(loss.dtype), 0.0).sum(), count)  # noqa: E731
+        approx_kl = torch.expm1(log_ratio) - log_ratio
+        stats = [(surrogate * shares).sum(), mean(approx_kl), mean(was_clipped), mean(was_dual_clipped), mean(ratio)]
+        nobody = torch.zeros_like(loss)
+        smallest = torch.where(mask, ratio, INFINITY).min() if ratio.numel() else nobody
+        largest = torch.where(mask, ratio, -INFINITY).max() if ratio.numel() else nobody
+        stats += [torch.where(count == 0, 0.0, smallest), torch.where(count == 0, 0.0, largest)]
+        stats += [mean(bonus), mean(kl), count]
     return loss, torch.stack(stats).detach()
 
 
@@ -257,7 +276,7 @@ def value_loss(
         clipped = (near - returns) ** 2 / 2
         was_clipped = mask & (clipped > losses)
         losses = torch.where(was_clipped, clipped, losses)
-    loss = aggregate(losses, mask, aggregation, denominator)
+    loss = (losses * token_weights(mask, losses.dtype, aggregation, denominator)).sum()
 
     with torch.no_grad():
         count = mask.sum().to(loss.dtype)
