@@ -54,10 +54,9 @@ def test_the_reference_serves_every_op_when_asked_to():
     assert backends == {"reference"}
     run = python(
         *("-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", *OP_TESTS),
-        *(
-            "-k",
-            "against_the_oracle or by_hand or nothing_counts or (opcheck and not dtype) or (compiles and not inductor)",
-        ),
+        *("-k", "oracle or by_hand or nothing_counts or bit or (opcheck and not dtype) or (compiles and not inductor)"),
+        *("--deselect", "tests/test_losses_contract.py::test_the_number_of_threads_changes_no_bit"),
+        *("--deselect", "tests/test_masked.py::test_threads_change_no_bit"),  # torch's sums make no such promise
         FASTRLHF_BACKEND="reference",
     )
     assert run.returncode == 0, run.stdout[-4000:]
@@ -173,9 +172,7 @@ def test_the_source_archive_holds_everything_that_the_build_needs(tmp_path):
     run = python("setup.py", "-q", "egg_info", "--egg-base", str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
     listed = set(next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text().split())
-    needed = {
-        str(path.relative_to(ROOT)) for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.[hcp]*")
-    }
-    needed = {name for name in needed if name.endswith((".h", ".cpp", ".py"))}
+    files = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    needed = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".h", ".cpp", ".py")}
     assert needed
     assert needed <= listed
