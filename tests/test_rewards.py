@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.rewards import (
@@ -16,6 +15,7 @@ from fastrlhf.rewards import (
     normalize,
 )
 from fastrlhf.rewards.reward_model import score_in_fp32
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
 def length(prompts, completions, **columns):

@@ -38,18 +38,13 @@ def run(args: DemoArguments) -> dict:
     data, base = load_demo_data(args, recipe, console)
 
     workspace.stage("sft", "SFT: learn to write such texts", stages.sft, base, data, recipe)
+    # The reward model starts from SFT (Ouyang et al. 2022, section 3.5); the judge shares no training with it.
+    sft = workspace.stage_folder("sft")
     workspace.stage(
-        "reward_model", "Reward model: learn what people prefer", stages.reward, base, data.pairs, data, recipe
+        "reward_model", "Reward model: learn what people prefer", stages.reward, sft, data.pairs, data, recipe
     )
-    workspace.stage(
-        "gold",
-        "Gold judge: a reward model on ratings of other texts",
-        stages.reward,
-        base,
-        data.gold_pairs,
-        data,
-        recipe,
-    )
+    gold = "Gold judge: a reward model on ratings of other texts"
+    workspace.stage("gold", gold, stages.reward, base, data.gold_pairs, data, recipe)
     workspace.stage("ppo", "PPO: write what the reward model likes, close to SFT", stages.ppo, data, recipe)
     workspace.stage("eval", "Judgement on held-out prompts", judgement.judge, data, recipe)
     return report.write(workspace)

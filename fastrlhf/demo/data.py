@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 from datasets import Dataset
 from rich.console import Console
@@ -14,6 +15,8 @@ from fastrlhf.demo.recipe import DemoArguments, Recipe
 
 # Pairs are made of texts whose mean human ratings differ by at least this much.
 RATING_GAP = 1.0
+# Of the snippets, for SFT, reward model, gold judge, held-out pairs and prompts.
+SHARES = (0.19, 0.33, 0.33, 0.05, 0.10)
 ANTHROPIC_TURN = "\n\nAssistant:"
 
 
@@ -42,14 +45,12 @@ def load_demo_data(args: DemoArguments, recipe: Recipe, console: Console) -> tup
 
 
 def split_snippets(snippets: list[RatedText], recipe: Recipe) -> DemoData:
-    """Disjoint shares of the snippets: a quarter for SFT, a quarter of ratings each for the reward model and the gold
-    judge, and the last quarter for held-out pairs and for prompts (which are never rated)."""
+    """Disjoint parts of the snippets, of the sizes in SHARES; those for prompts go without their ratings."""
     rng = random.Random(recipe.seed)
     snippets = sorted(snippets, key=lambda snippet: snippet.text)
     rng.shuffle(snippets)
-    quarter = len(snippets) // 4
-    texts, rated, gold, rest = (snippets[i * quarter : (i + 1) * quarter] for i in range(4))
-    held_out, rest = rest[: quarter // 4], rest[quarter // 4 :]
+    cuts = [round(len(snippets) * sum(SHARES[:i])) for i in range(len(SHARES) + 1)]
+    texts, rated, gold, held_out, rest = (snippets[a:b] for a, b in pairwise(cuts))
     prompts = [
         " ".join(s.text.split()[: recipe.prompt_words]) for s in rest if len(s.text.split()) > recipe.prompt_words
     ]
@@ -98,7 +99,7 @@ def random_pairs(snippets: list[RatedText], count: int, rng: random.Random) -> D
 
 def split_preferences(dataset: Dataset, recipe: Recipe) -> DemoData:
     """The same parts from a preference data set: `chosen` and `rejected`, and `prompt` or hh-rlhf's transcripts."""
-    needed = 5 * max(recipe.eval_prompts, recipe.rollout_batch_size)
+    needed = 5 * (recipe.eval_prompts + recipe.rollout_batch_size)
     if not {"chosen", "rejected"} <= set(dataset.column_names) or len(dataset) < needed:
         raise ValueError(
             f"dataset: columns {dataset.column_names} and {len(dataset)} rows; the demo wants `chosen` and `rejected` "
