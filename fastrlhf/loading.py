@@ -44,29 +44,37 @@ def load_reward_model(model: str | nn.Module, argument: str = "model", **options
     return model
 
 
-def load_tokenizer(name: str, argument: str = "processing_class") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, argument: str = "processing_class", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a hub id or folder."""
-    return _load(AutoTokenizer, argument, name)
+    return _load(AutoTokenizer, argument, name, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_with_pad(
-    tokenizer: PreTrainedTokenizerBase | None, model: nn.Module, *, unlike_eos: bool = False
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: nn.Module,
+    *,
+    unlike_eos: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `model` when None is given, with a pad token, and its pad token in the model's configuration.
 
     The trainers tell padding by length, so pad == eos is harmless there. transformers' sequence classifiers tell it
     by the pad token: with pad == eos they would score the token before the EOS. `unlike_eos` asks for another token
-    then. A missing or refused pad token is replaced by a special token that the tokenizer already has.
-    Raises ValueError when there is none to take.
+    then. A missing or refused pad token is replaced by a special token that the tokenizer already has; failing that,
+    the model's own tokenizer (None given) gets a new one, and the model an embedding for it.
+    Raises ValueError when there is none to take in a tokenizer that was given.
     """
-    if tokenizer is None:
-        tokenizer = load_tokenizer(model.config.name_or_path)
+    given = tokenizer is not None
+    if not given:
+        tokenizer = load_tokenizer(model.config.name_or_path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class: the tokenizer has no eos_token; set tokenizer.eos_token")
     if tokenizer.pad_token_id is None or (unlike_eos and tokenizer.pad_token_id == tokenizer.eos_token_id):
         spare = [token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token]
         spare = [token for token in spare if token not in (tokenizer.eos_token, tokenizer.bos_token)]
-        if not spare and unlike_eos:
+        if not spare and unlike_eos and given:
             raise ValueError(
                 "processing_class: the tokenizer has no pad token apart from its eos_token "
                 f"{tokenizer.eos_token!r}, and a reward model needs one. Remedy: "
@@ -74,7 +82,12 @@ def tokenizer_with_pad(
                 "model.resize_token_embeddings(len(tokenizer))"
             )
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+        if spare or not unlike_eos:
+            tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
         logger.warning("The tokenizer's pad token is now %r.", tokenizer.pad_token)
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer

@@ -55,9 +55,7 @@ def distribution(model):
     """Probability of each response after the prompt."""
     prompt = [WORDS.index(word) for word in PROMPT.split()]
     first = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-    second = {
-        w: model(torch.tensor([[*prompt, w]])).logits[0, -1].double().softmax(-1) for w in range(1, len(WORDS))
-    }
+    second = {w: model(torch.tensor([[*prompt, w]])).logits[0, -1].double().softmax(-1) for w in range(1, len(WORDS))}
     return torch.stack([first[y[0]] * (second[y[0]][y[1]] if len(y) > 1 else 1.0) for y in responses()])
 
 

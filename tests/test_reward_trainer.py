@@ -88,6 +88,16 @@ def test_pad_equal_to_eos_has_a_remedy(tmp_path):
         trainer(tmp_path, model=model, tokenizer=tiny_tokenizer(pad_is_eos=True))
 
 
+def test_the_models_own_tokenizer_gets_a_pad_token(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", reward=True)
+    tiny_tokenizer(pad_is_eos=True).save_pretrained(folder)
+    ours = trainer(tmp_path, model=folder)
+    tokenizer = ours.processing_class
+    assert tokenizer.pad_token_id == ours.model.config.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.pad_token_id < ours.model.get_input_embeddings().num_embeddings
+    ours.compute_loss(ours.model, ours.data_collator(list(ours.train_dataset)))
+
+
 def test_a_model_with_several_labels_is_refused(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(
         save_tiny_model(tmp_path / "model", reward=True), num_labels=3, ignore_mismatched_sizes=True

@@ -44,7 +44,7 @@ def reward(
         **_common(workspace, name, recipe),
         max_steps=recipe.reward_steps,
         per_device_train_batch_size=recipe.reward_pairs,
-        per_device_eval_batch_size=recipe.reward_pairs,
+        per_device_eval_batch_size=recipe.eval_pairs,  # one batch: each text is read once
         learning_rate=recipe.reward_learning_rate,
         train_sampling_strategy="sequential",  # keeps each block of comparisons together
     )

@@ -69,8 +69,9 @@ class PPOTrainer(ScorerTrainer):
     ) -> None:
         options = model_init_kwargs or {}
         policy = load_causal_lm(model, **options)
-        tokenizer = tokenizer_with_pad(processing_class, policy)
-        disable_dropout(policy)
+        tokenizer = tokenizer_with_pad(
+            processing_class, policy, trust_remote_code=options.get("trust_remote_code", False)
+        )
         if ref_model is not None:
             ref_model = load_causal_lm(ref_model, "ref_model", **options)
             disable_dropout(ref_model)
@@ -84,8 +85,10 @@ class PPOTrainer(ScorerTrainer):
             raise ValueError(
                 f"train_dataset has {len(prompts)} prompts, fewer than rollout_batch_size={args.rollout_batch_size}"
             )
+        policy = with_adapter(policy, peft_config)
+        disable_dropout(policy)
         super().__init__(
-            model=ActorCritic(with_adapter(policy, peft_config), value_model),
+            model=ActorCritic(policy, value_model),
             args=args,
             data_collator=list,
             train_dataset=prompts,

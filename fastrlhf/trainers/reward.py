@@ -44,8 +44,11 @@ class RewardTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        model = score_in_fp32(load_reward_model(model, **(model_init_kwargs or {})))
-        tokenizer = tokenizer_with_pad(processing_class, model, unlike_eos=True)
+        options = model_init_kwargs or {}
+        model = score_in_fp32(load_reward_model(model, **options))
+        tokenizer = tokenizer_with_pad(
+            processing_class, model, unlike_eos=True, trust_remote_code=options.get("trust_remote_code", False)
+        )
         super().__init__(
             model=with_adapter(model, peft_config),
             args=args,

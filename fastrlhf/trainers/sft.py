@@ -39,8 +39,11 @@ class SFTTrainer(ScorerTrainer):
         callbacks: list[TrainerCallback] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        model = load_causal_lm(model, **(model_init_kwargs or {}))
-        tokenizer = tokenizer_with_pad(processing_class, model)
+        options = model_init_kwargs or {}
+        model = load_causal_lm(model, **options)
+        tokenizer = tokenizer_with_pad(
+            processing_class, model, trust_remote_code=options.get("trust_remote_code", False)
+        )
 
         def prepared(dataset: Dataset | None) -> Dataset | None:
             if dataset is None:
