@@ -1,18 +1,37 @@
 """Batches with little padding that score the right tokens."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrlhf.batching import group_by_length, pad_right, score_responses
+from fastrlhf.batching import PASS_COST, group_by_length, pad_right, score_responses
 
 
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=60))
-def test_groups_hold_every_index_once_and_waste_little(lengths):
+def cost(groups, lengths):
+    return sum(max(lengths[i] for i in group) * len(group) + PASS_COST for group in groups)
+
+
+def contiguous_groupings(order):
+    """Every way to cut a list into runs."""
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        groups = [[order[0]]]
+        for cut, index in zip(cuts, order[1:], strict=True):
+            groups.append([index]) if cut else groups[-1].append(index)
+        yield groups
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=8))
+def test_groups_hold_every_index_once_and_cost_least(lengths):
     groups = group_by_length(lengths)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    for group in groups:
-        assert max(lengths[i] for i in group) <= 1.25 * min(lengths[i] for i in group) + 2
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    assert cost(groups, lengths) == min(cost(some, lengths) for some in contiguous_groupings(order))
+
+
+def test_no_sequences_no_groups():
+    assert group_by_length([]) == []
 
 
 def test_pad_right():
