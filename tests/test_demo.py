@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from rich.console import Console
+from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from fastrlhf import demo
@@ -16,7 +17,6 @@ from fastrlhf.demo.data import RATING_GAP, comparison_blocks, random_pairs, spli
 from fastrlhf.demo.judgement import distinct_n, vader_score, win_rate
 from fastrlhf.demo.recipe import QUICK, DemoArguments, Recipe
 from fastrlhf.demo.workspace import Workspace
-from tests.tiny import save_tiny_model
 
 
 def snippets(count=2000):

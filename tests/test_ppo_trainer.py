@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrlhf.rewards import RewardError
 from fastrlhf.trainers import PPOConfig, PPOTrainer
-from tests.tiny import save_tiny_model, tiny_tokenizer
 
 PROMPTS = Dataset.from_dict({"prompt": ["the good", "a bad film", "so", "Human: hi"] * 4, "weight": [1.0, 2.0] * 8})
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 from tiny import save_tiny_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 ROWS = {
     "sft.jsonl": {"prompt": "the film was", "completion": " good"},
@@ -39,3 +42,8 @@ def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
     block = re.sub(r'((SFT|Reward)Config\(output_dir="[^"]*")', rf"\1, **{QUICK}", block)
     block = re.sub(r'(PPOConfig\(output_dir="[^"]*")', rf"\1, **{QUICK_PPO}", block)
     exec(block, {})
+
+
+def test_the_tables_are_the_committed_results():
+    done = subprocess.run([sys.executable, "bench/readme.py", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from fastrlhf.trainers import RewardConfig, RewardTrainer
 from fastrlhf.trainers.reward import preference_metrics
-from tests.tiny import save_tiny_model, tiny_tokenizer
 
 PAIRS = {
     "chosen": ["the good film", "good good and good and so on and on", "the good film"],

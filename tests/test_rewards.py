@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.rewards import (
@@ -15,7 +16,6 @@ from fastrlhf.rewards import (
     normalize,
 )
 from fastrlhf.rewards.reward_model import score_in_fp32
-from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
 def length(prompts, completions, **columns):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
+from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastrlhf.trainers import SFTConfig, SFTTrainer
 from fastrlhf.trainers.token_scorer import TokenScorer
-from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 TEXTS = Dataset.from_dict({"text": ["the good film", "a bad film was bad , bad , bad", "hello", "Human: hi and so on"]})
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from fastrlhf.demo.judgement import TEXTS_FILE
@@ -53,42 +56,69 @@ def summarize(workspace: Workspace) -> dict[str, Any]:
         "ppo": judged["ppo"],
         "seconds": seconds,
         "peak_rss_gib": workspace.state["peak_rss_gib"],
+        "machine": machine(),
         "settings": workspace.state["settings"],
     }
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """SFT against PPO."""
+def machine() -> str:
+    """Processor, cores and accelerator, such as `AMD EPYC, 2 cores`."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    parts = [names[0] if names else platform.processor() or platform.machine(), f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """SFT against PPO: label, SFT, PPO."""
     sft, ppo = summary["sft"], summary["ppo"]
-    result = Table(title="Held-out prompts: SFT against PPO")
-    for column in ("", "SFT", "PPO"):
-        result.add_column(column, justify="left" if not column else "right")
 
     def rate(judge: str) -> str:
         low, high = ppo[f"win_rate_{judge}_interval"]
         return f"{ppo[f'win_rate_{judge}']:.1%} [{low:.1%}, {high:.1%}]"
 
-    for label, name, form in (
+    both = (
         ("gold score", "gold_mean", ".2f"),
         ("VADER score", "vader_mean", ".2f"),
         ("share positive (VADER)", "positive_share", ".1%"),
         ("tokens a response", "length", ".1f"),
         ("distinct-2", "distinct_2", ".2f"),
-    ):
-        result.add_row(label, format(sft[name], form), format(ppo[name], form))
-    result.add_row("win rate, gold judge (95 %)", "", rate("gold"))
-    result.add_row("win rate, VADER (95 %)", "", rate("vader"))
-    result.add_row("KL to SFT, nats a response", "0", f"{ppo['kl']:.1f} ± {ppo['kl_standard_error']:.1f}")
+    )
+    return [
+        *((label, format(sft[name], form), format(ppo[name], form)) for label, name, form in both),
+        ("win rate against SFT, gold judge [95 %]", "", rate("gold")),
+        ("win rate against SFT, VADER [95 %]", "", rate("vader")),
+        ("KL to SFT, nats a response", "0", f"{ppo['kl']:.1f} ± {ppo['kl_standard_error']:.1f}"),
+    ]
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The rows for a terminal."""
+    result = Table(title="Held-out prompts: SFT against PPO")
+    for column in ("", "SFT", "PPO"):
+        result.add_column(column, justify="left" if not column else "right")
+    for row in rows(summary):
+        result.add_row(*row)
     return result
 
 
 def closing_lines(summary: dict[str, Any], folder: Path) -> str:
-    reward, seconds = summary["reward_model"], summary["seconds"]
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items() if name != "total")
+    return f"{measures(summary)}\nSeconds: {parts}.\nModels, summary.json, curves.png and samples.md are in {folder}/"
+
+
+def measures(summary: dict[str, Any]) -> str:
+    """Reward model, time and memory in one sentence each."""
+    reward = summary["reward_model"]
     return (
-        f"Reward model: accuracy {reward['accuracy']:.3f}, calibration error {reward['ece']:.3f} on held-out pairs.\n"
-        f"{seconds['total'] / 60:.1f} minutes (seconds: {parts}), peak memory {summary['peak_rss_gib']:.1f} GiB.\n"
-        f"Models, summary.json, curves.png and samples.md are in {folder}/"
+        f"Reward model: accuracy {reward['accuracy']:.3f}, calibration error {reward['ece']:.3f} on held-out pairs. "
+        f"{summary['seconds']['total'] / 60:.1f} minutes, peak memory {summary['peak_rss_gib']:.1f} GiB."
     )
 
 

@@ -22,8 +22,9 @@ from fastrlhf.trainers import (
 )
 
 # bf16 weights and compute (its GEMMs run more than twice as fast as fp32's on a CPU with avx512_bf16); the optimiser
-# keeps fp32 masters. Eager attention, because torch's fused one has a backward on CPU that is slow for short texts.
-MODEL_OPTIONS = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+# keeps fp32 masters. torch's fused attention has a backward on CPU that is slow for short texts.
+ATTENTION = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+MODEL_OPTIONS = {"dtype": torch.bfloat16, **ATTENTION}
 
 
 def sft(workspace: Workspace, name: str, base: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
