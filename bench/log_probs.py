@@ -1,10 +1,10 @@
-"""token_log_probs against eager PyTorch, interleaved: `python bench/log_probs.py [rows] [vocabulary]`.
+"""token_log_probs against eager PyTorch, interleaved: `python bench/log_probs.py [rows [vocabulary]]`.
 
 Every line: median, min and max of the repetitions, the ratio to ours, and the most memory one call adds. "read" is
 torch's maximum over the same bytes, a measure of what reading them once costs.
 """
 
-import sys
+import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,8 @@ def forward(function, logits, tokens):
 
 
 def forward_backward(function, logits, tokens):
-    leaf = logits.detach().requires_grad_()
-    results = function(leaf, tokens)
-    torch.stack(results if isinstance(results, tuple) else (results,)).sum().backward()
+    results = function(logits, tokens)
+    torch.autograd.grad(torch.stack(results if isinstance(results, tuple) else (results,)).sum(), logits)
 
 
 def extra_memory(work) -> float:
@@ -55,47 +54,71 @@ def resident(field: str) -> int:
 
 
 def measure(title: str, contenders: dict) -> None:
-    """Contenders run A B C, then C B A, and so on, so that nobody has the quiet moments to himself."""
+    """Contenders run A B C, then C B A, and so on, so that nobody has the quiet moments to himself.
+
+    Each is a pair: what prepares its input, untimed, and what is timed on it.
+    """
     names = list(contenders)
     times = {name: [] for name in names}
     for name in names:
-        contenders[name]()
+        prepare, work = contenders[name]
+        work(prepare())
     for repetition in range(REPETITIONS):
         for name in names if repetition % 2 == 0 else reversed(names):
+            prepare, work = contenders[name]
+            logits = prepare()
             start = time.perf_counter()
-            contenders[name]()
+            work(logits)
             times[name].append(1e3 * (time.perf_counter() - start))
     medians = {name: sorted(times[name])[REPETITIONS // 2] for name in names}
     print(f"\n{title}")
     for name in names:
         low, high, ratio = min(times[name]), max(times[name]), medians[name] / medians["ours"]
-        memory = extra_memory(contenders[name])
+        prepare, work = contenders[name]
+        memory = extra_memory(partial(work, prepare()))
         print(f"  {name:<12}{medians[name]:9.2f} ms  ({low:.2f} to {high:.2f}) {ratio:7.2f}x {memory:9.1f} MiB")
 
 
 def compare(what: str, ours, theirs, in_place, logits, tokens) -> None:
-    scratch = logits.clone()
-    words = logits.view(torch.float32)  # one pass over the same bytes
+    scratch = torch.empty_like(logits)
+    even = logits.numel() // 2 * 2
+    words = logits.flatten()[:even].view(torch.float32)  # one pass over the same bytes
+
+    def as_it_is():
+        return logits
+
+    def leaf():
+        return logits.detach().requires_grad_()
+
+    def refilled():
+        """The same logits as the result of an operation, in memory that the gradient may be written over."""
+        anchor = torch.zeros((), dtype=logits.dtype, requires_grad=True)
+        return scratch.detach().copy_(logits).add_(anchor)
+
     measure(
         f"{what}, forward, {logits.dtype}",
         {
-            "ours": lambda: forward(ours, logits, tokens),
-            "eager": lambda: forward(theirs, logits, tokens),
-            "read": lambda: words.amax(),
+            "ours": (as_it_is, lambda x: forward(ours, x, tokens)),
+            "eager": (as_it_is, lambda x: forward(theirs, x, tokens)),
+            "read": (as_it_is, lambda x: words.amax()),
         },
     )
     measure(
         f"{what}, forward + backward, {logits.dtype}",
         {
-            "ours": lambda: forward_backward(ours, logits, tokens),
-            "eager": lambda: forward_backward(theirs, logits, tokens),
-            "in place": lambda: forward_backward(in_place, scratch, tokens),
+            "ours": (leaf, lambda x: forward_backward(ours, x, tokens)),
+            "eager": (leaf, lambda x: forward_backward(theirs, x, tokens)),
+            "in place": (refilled, lambda x: forward_backward(in_place, x, tokens)),
         },
     )
 
 
-def main() -> None:
-    rows, vocabulary = (int(x) for x in (sys.argv[1:] or (512, 49152)))
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=int, nargs="?", default=512)
+    parser.add_argument("vocabulary", type=int, nargs="?", default=49152)
+    options = parser.parse_args(arguments)
+    rows, vocabulary = options.rows, options.vocabulary
     print(f"{rows} x {vocabulary}, {torch.get_num_threads()} threads, {backend_table()['token_log_probs']['cpu']}")
     for dtype in (torch.float32, torch.bfloat16):
         logits, tokens = (3 * torch.randn(rows, vocabulary)).to(dtype), torch.randint(0, vocabulary, (rows,))
