@@ -158,7 +158,8 @@ def inspect(op, dtype, arch, binaries):
     accesses = [(widths(body, r"LDG(?:STS)?"), widths(body, "STG"), len(body)) for body in loops(code)]
     accesses = [x for x in accesses if x[0]]
     # The loop over aligned rows is the one without narrow accesses; the others treat ends and unaligned rows.
-    best = max(accesses, key=lambda x: (min((*x[0], *x[1])), sum(x[0].values())), default=({0: 0}, {}, 0))
+    # A backward pass also has one that only reads, for rows whose statistics it computes again.
+    best = max(accesses, key=lambda x: (min((*x[0], *x[1])), bool(x[1]), sum(x[0].values())), default=({0: 0}, {}, 0))
     reads, writes, size = best
     elements = sum(bits * n for bits, n in reads.items()) / (dtype.itemsize * 8)
     audit = Audit(

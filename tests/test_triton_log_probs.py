@@ -61,7 +61,9 @@ class Functional:
     def __call__(self, logits, tokens, temperature=1.0, g=None, h=None, inplace=False):
         from fastrlhf import functional as F
 
-        z = logits.detach().requires_grad_(g is not None)
+        z = logits.detach().requires_grad_(g is not None and not inplace)
+        if inplace:  # over these very logits, which must not be a leaf
+            z.add_(torch.zeros((), dtype=z.dtype, device=z.device, requires_grad=True))
         options = {"temperature": temperature, "inplace_backward": inplace}
         if h is None:
             outputs = (F.token_log_probs(z, tokens, **options),)
@@ -91,20 +93,18 @@ def error(x, exact):
 def assert_accurate(run, logits, tokens, temperature, g, h):
     """At most twice the error of eager PyTorch on the same values in fp32, plus an epsilon.
 
-    The epsilon is a few roundings of fp32; for the gradient also one rounding of the stored logsumexp, which becomes a
-    relative error of p.
+    The epsilon is a few roundings of fp32; for the gradient that of a logsumexp of up to 64, which becomes a relative
+    error of p.
     """
     ours = run(logits, tokens, temperature, g, h)
     exact = reference(logits, tokens, temperature, g, h, torch.float64)
     eager = reference(logits, tokens, temperature, g, h, torch.float32)
     eager.grad = eager.grad.to(logits.dtype)
-    size = (logits.float() / temperature).abs()
-    size = size[size.isfinite()].max().item()
     upstream = g.abs().max().item() + (0.0 if h is None else h.abs().max().item() * (1 + exact.entropy.max().item()))
     epsilon = {
         "log_probs": 2**-20 + 2**-23 * exact.log_probs.abs().max().item(),
         "entropy": 2**-20,
-        "grad": (2**-20 + 2**-23 * size) * upstream / temperature,
+        "grad": 4e-6 * upstream / temperature,
     }
     if logits.dtype == torch.bfloat16:
         epsilon["grad"] += run.bf16_slack * exact.grad.abs().max().item()
@@ -140,6 +140,19 @@ def check_large_logits(run):
         for temperature in (1.0, 0.3):
             logits, tokens, g, h = sample(run, 4, 1003, scale=scale)
             assert_accurate(run, logits, tokens, temperature, g, h)
+
+
+def check_shifting_all_logits_changes_nothing(run):
+    for V in (5003, 512):
+        logits, tokens, g, h = sample(run, 4, V)
+        logits = (logits * 16).round() / 16  # stays exact under the shift
+        for upstream in ((g, None), (g, h)):
+            plain = run(logits, tokens, 1.0, *upstream)
+            for shift in (-1e4, 1e2, 1e3, 1e5):
+                shifted = run(logits + shift, tokens, 1.0, *upstream)
+                for name in ("log_probs", "grad") if upstream[1] is None else ("log_probs", "entropy", "grad"):
+                    a, b = getattr(plain, name), getattr(shifted, name)
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def check_strided_rows_are_read_where_they_lie(run):

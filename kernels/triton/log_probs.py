@@ -4,7 +4,8 @@ Forward: one program a row. Column j belongs to lane j mod LANES; every lane kee
 s = sum of 2^d and u = sum of 2^d d, where d = (z - m) log2(e) / T. Lanes meet once, after the loop. UNROLL loads
 are issued before the first is used, and their shared maximum makes a rescaling of (s, u) UNROLL times rarer.
 
-Backward: dz = (1/T) [g (onehot - p) - h p (log p + H)], element by element, from the stored logsumexp and entropy.
+Backward: dz = (1/T) [g (onehot - p) - h p (log p + H)], element by element, from the stored logsumexp and entropy. In
+a row whose logsumexp is so large that its rounding would show in p, peak and sum are computed again.
 
 Vector width. A row that starts at a 16-byte boundary is read and written 16 bytes a thread, whatever V is. Other rows
 (odd V without padding: seven of eight in bf16) take the same steps with loads of one element, coalesced by warp. The
@@ -35,6 +36,7 @@ _IGNORE = tl.constexpr(IGNORE_INDEX)
 _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(math.log(2.0))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that -inf - m is -inf and never NaN
+_ROUNDING_SHOWS = tl.constexpr(64.0)  # |logsumexp| beyond which half an ulp is above 4e-6
 _CLAMP = tl.constexpr(-200.0)  # 2^-200 and e^-200 are 0 in fp32; below this, 0 * d must not become 0 * inf
 
 
@@ -99,6 +101,15 @@ def _row_statistics(
     return m, s, u
 
 
+@triton.jit
+def _meet(m, s, scale):
+    """The lanes put together: the row's peak and its sum of 2^d, and what each lane was shifted and weighted by."""
+    peak = tl.max(m, 0)
+    shift = _clamp((m - peak) * scale)
+    weight = tl.exp2(shift)
+    return peak, tl.sum(s * weight, 0), shift, weight
+
+
 _RUN_TIME = ["V", "inner", "stride_outer", "stride_inner", "grad_stride_outer", "grad_stride_inner"]
 
 
@@ -135,10 +146,7 @@ def _forward_kernel(
             m, s, u = _row_statistics(aligned, V, scale, GRANULE, LANES, ROLL, ENTROPY)
         else:
             m, s, u = _row_statistics(row, V, scale, 1, LANES, ROLL, ENTROPY)
-        peak = tl.max(m, 0)
-        shift = _clamp((m - peak) * scale)
-        weight = tl.exp2(shift)
-        total = tl.sum(s * weight, 0)
+        peak, total, shift, weight = _meet(m, s, scale)
         log_total = tl.log(total)
         # From the difference to the peak, not from logsumexp: large logits would cost digits.
         inside = (token >= 0) & (token < V)
@@ -154,9 +162,9 @@ def _forward_kernel(
 
 
 @triton.jit
-def _gradient(x, hit, g, h, logsumexp, entropy, inv_t, ENTROPY: tl.constexpr):
-    """dz of one tile; hit marks the token's column; g and h come divided by T."""
-    log_p = tl.fma(x, inv_t, -logsumexp)
+def _gradient(x, hit, g, h, peak, log_total, entropy, inv_t, ENTROPY: tl.constexpr):
+    """dz of one tile; hit marks the token's column; log p = (x - peak)/T - log_total; g and h come divided by T."""
+    log_p = tl.fma(x - peak, inv_t, -log_total)
     coefficient = g
     if ENTROPY:
         log_p = _clamp(log_p)
@@ -174,7 +182,8 @@ def _row_gradient(
     token,
     g,
     h,
-    logsumexp,
+    peak,
+    log_total,
     entropy,
     inv_t,
     GRANULE: tl.constexpr,
@@ -192,13 +201,13 @@ def _row_gradient(
             tile += (tl.load(row + (start + i * LANES + lane), mask=read, other=0.0).to(tl.float32),)
         for i in tl.static_range(ROLL):
             first = start + i * LANES
-            dz = _gradient(tile[i], lane == token - first, g, h, logsumexp, entropy, inv_t, ENTROPY)
+            dz = _gradient(tile[i], lane == token - first, g, h, peak, log_total, entropy, inv_t, ENTROPY)
             tl.store(out + (first + lane), dz.to(out.dtype.element_ty))
     for start in range(body, V, LANES):
         column = start + lane
         granule = column // GRANULE * GRANULE
         x = tl.load(row + column, mask=read & (granule < V), other=0.0).to(tl.float32)
-        dz = _gradient(x, column == token, g, h, logsumexp, entropy, inv_t, ENTROPY).to(out.dtype.element_ty)
+        dz = _gradient(x, column == token, g, h, peak, log_total, entropy, inv_t, ENTROPY).to(out.dtype.element_ty)
         # Unlike a load, a store must not touch what lies beyond V: whole granules wide, the last one by element.
         whole = granule + GRANULE <= V
         tl.store(out + column, dz, mask=whole)
@@ -232,6 +241,7 @@ def _backward_kernel(
     stride_inner: tl.int64,
     grad_stride_outer: tl.int64,
     grad_stride_inner: tl.int64,
+    scale: tl.float32,  # log2(e) / T
     inv_t: tl.float32,  # 1 / T
     ENTROPY: tl.constexpr,
     GRANULE: tl.constexpr,
@@ -242,7 +252,8 @@ def _backward_kernel(
     outer = (n // inner).to(tl.int64)
     within = (n % inner).to(tl.int64)
     token = tl.load(tokens_ptr + n)
-    logsumexp = tl.load(logsumexp_ptr + n)
+    log_total = tl.load(logsumexp_ptr + n)
+    peak = 0.0
     g = tl.load(grad_log_probs_ptr + n) * inv_t
     h = 0.0
     entropy = 0.0
@@ -253,19 +264,26 @@ def _backward_kernel(
     live = (token != _IGNORE) & ((g != 0.0) | (h != 0.0))
     g = tl.where(live, g, 0.0)
     h = tl.where(live, h, 0.0)
-    logsumexp = tl.where(live, logsumexp, 0.0)
+    log_total = tl.where(live, log_total, 0.0)
     entropy = tl.where(live, entropy, 0.0)
     token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)  # 32 bits halve the comparisons
     row = logits_ptr + outer * stride_outer + within * stride_inner
     out = grad_ptr + outer * grad_stride_outer + within * grad_stride_inner
     row_aligned, row_skip = _aligned_down(row, GRANULE)
     out_aligned, out_skip = _aligned_down(out, GRANULE)
+    if tl.abs(log_total) > _ROUNDING_SHOWS:
+        if row_skip == 0:
+            m, s, _ = _row_statistics(row_aligned, V, scale, GRANULE, LANES, ROLL, False)
+        else:
+            m, s, _ = _row_statistics(row, V, scale, 1, LANES, ROLL, False)
+        peak, total, _, _ = _meet(m, s, scale)
+        log_total = tl.log(total)
     if row_skip + out_skip == 0:
         row = row_aligned
         out = out_aligned
-        _row_gradient(row, out, V, live, token, g, h, logsumexp, entropy, inv_t, GRANULE, LANES, ROLL, ENTROPY)
+        _row_gradient(row, out, V, live, token, g, h, peak, log_total, entropy, inv_t, GRANULE, LANES, ROLL, ENTROPY)
     else:
-        _row_gradient(row, out, V, live, token, g, h, logsumexp, entropy, inv_t, 1, LANES, ROLL, ENTROPY)
+        _row_gradient(row, out, V, live, token, g, h, peak, log_total, entropy, inv_t, 1, LANES, ROLL, ENTROPY)
 
 
 def _row_groups(logits):
@@ -364,6 +382,7 @@ def _backward(grad_logits, grad_log_probs, grad_entropy, logits, tokens, logsume
                 inner,
                 *strides,
                 *out_strides,
+                LOG2_E / temperature,
                 1.0 / temperature,
                 **_constants(logits, entropy is not None),
             )
