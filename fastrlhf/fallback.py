@@ -38,57 +38,32 @@ def _limit(x: float) -> float | None:
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    counts, log_p, logsumexp = reference.log_softmax(logits, tokens, temperature)
-    return reference.pick(log_p, tokens, counts), logsumexp
+    log_probs = reference.token_log_probs(logits, tokens, temperature=temperature)
+    return log_probs, reference.logsumexp(logits, tokens, temperature)
 
 
 def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    counts, log_p, logsumexp = reference.log_softmax(logits, tokens, temperature)
-    return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), logsumexp
+    results = reference.token_log_probs_and_entropy(logits, tokens, temperature=temperature)
+    return *results, reference.logsumexp(logits, tokens, temperature)
 
 
-def token_log_probs_backward(
-    grad_log_probs: Tensor, logits: Tensor, tokens: Tensor, logsumexp: Tensor, temperature: float
-) -> Tensor:
-    return reference.token_log_probs_and_entropy_backward(
-        grad_log_probs, None, logits, tokens, logsumexp, None, temperature
-    )
+def token_log_probs_backward(grad_log_probs, logits, tokens, _logsumexp, temperature) -> Tensor:
+    return reference.token_log_probs_and_entropy_backward(grad_log_probs, None, logits, tokens, None, temperature)
 
 
 def token_log_probs_and_entropy_backward(
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    temperature: float,
+    grad_log_probs, grad_entropy, logits, tokens, _logsumexp, entropy, temperature
 ) -> Tensor:
-    return reference.token_log_probs_and_entropy_backward(
-        grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature
-    )
+    grads = (grad_log_probs, grad_entropy)
+    return reference.token_log_probs_and_entropy_backward(*grads, logits, tokens, entropy, temperature)
 
 
-def token_log_probs_backward_(
-    grad_log_probs: Tensor, logits: Tensor, tokens: Tensor, logsumexp: Tensor, temperature: float
-) -> None:
-    logits.copy_(token_log_probs_backward(grad_log_probs, logits, tokens, logsumexp, temperature))
+def token_log_probs_backward_(grad_log_probs, logits, *rest) -> None:
+    logits.copy_(token_log_probs_backward(grad_log_probs, logits, *rest))
 
 
-def token_log_probs_and_entropy_backward_(
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    temperature: float,
-) -> None:
-    logits.copy_(
-        token_log_probs_and_entropy_backward(
-            grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature
-        )
-    )
+def token_log_probs_and_entropy_backward_(grad_log_probs, grad_entropy, logits, *rest) -> None:
+    logits.copy_(token_log_probs_and_entropy_backward(grad_log_probs, grad_entropy, logits, *rest))
 
 
 def kl_divergence(
@@ -103,8 +78,8 @@ def kl_divergence_backward(
 ) -> Tensor:
     log_ratio, name = log_probs - ref_log_probs, KL_ESTIMATORS[estimator]
     held = log_ratio.clamp(-clamp_input, clamp_input)
-    inside = (held == log_ratio) & (reference.kl_estimate(held, name).abs() <= clamp_output)
-    return torch.where(inside, grad * reference.kl_slope(held, name), 0.0)
+    outside = (log_ratio.abs() > clamp_input) | (reference.kl_estimate(held, name).abs() > clamp_output)
+    return torch.where(outside, 0.0, grad * reference.kl_slope(held, name))
 
 
 def gae(
@@ -172,14 +147,15 @@ def ppo_loss(
     _, ratio, clipped, dual_clipped = reference.clipped_surrogate(
         held, advantages, clip_low, clip_high, _limit(dual_clip)
     )
-    slope = torch.where((held == log_ratio) & ~clipped & ~dual_clipped, -advantages * ratio, 0.0)
+    held_back = (log_ratio.abs() > log_ratio_clamp) | clipped | dual_clipped
+    slope = torch.where(held_back, 0.0, -advantages * ratio)
     if weights is not None:
         slope = slope * reference.keep(weights, mask)
     shares = reference.token_weights(mask, slope.dtype, name, denominator)
     grad = slope * shares
     if sequence_ratio:  # the ratio is the exponential of a mean: each token carries its part of the summed slope
         grad = mask * reference.divide(grad.sum(-1, keepdim=True), mask.sum(-1, keepdim=True))
-    if ref_log_probs is not None:
+    if ref_log_probs is not None and kl_coef:
         distance = reference.keep(log_probs, mask) - reference.keep(ref_log_probs, mask)
         grad = grad + kl_coef * shares * reference.kl_slope(distance, KL_ESTIMATORS[kl_estimator])
     grad_entropy = log_probs.new_empty(0) if entropy is None else -entropy_coef * shares
@@ -206,7 +182,7 @@ def value_loss(
     if old_values is not None:  # 0 where the value held at the clip has the larger error
         old = reference.keep(old_values, mask)
         held = torch.minimum(torch.maximum(kept, old - clip), old + clip)
-        slope = torch.where((held - target) ** 2 > slope**2, 0.0, slope)
+        slope = torch.where((held - target) ** 2 > slope**2, 0.0, torch.where(held.isnan(), held, slope))
     grad = slope * reference.token_weights(mask, slope.dtype, name, denominator)
     return loss, stats, torch.where(mask, grad, 0.0)
 
@@ -216,13 +192,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps: float) -> tuple[Tensor, Tensor]:
-    options = {"unbiased": unbiased, "eps": eps}
-    whitened = reference.masked_whiten(x, mask, shift_mean=shift_mean, **options)
-    count = mask.sum().float()
-    mean = reference.masked_mean(x, mask)
-    squares = torch.where(mask, (x - mean) ** 2, 0.0).sum()
-    rstd = (squares / (count - 1 if unbiased else count).clamp(min=1.0) + eps).rsqrt()
-    return whitened, torch.stack([mean, rstd, count])
+    whitened, *stats = reference.whiten(x, mask, shift_mean, unbiased, eps)
+    return whitened, torch.stack(stats)
 
 
 def pairwise_reward_loss(

@@ -27,14 +27,46 @@ def divide(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count == 0, 0.0, total / torch.where(count == 0, 1.0, count))
 
 
+def residual(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x, to the last digits also near 0, where that is a difference of equal numbers: by its series."""
+    small = x.abs() < 1
+    near, series = torch.where(small, x, 0.0), 1.0
+    for n in range(10 if x.dtype == torch.float32 else 18, 2, -1):
+        series = 1 + near / n * series
+    far = torch.expm1(x) - x.clamp(max=1e30)  # at infinity: infinity, and not inf - inf
+    return torch.where(small, near**2 / 2 * series, far)
+
+
 # ---------------------------------------------------------------------------------------------- vocabulary-wide
 
 
-def log_softmax(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count, log softmax(z / T), and its normaliser log sum exp(z / T)."""
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """IndexError on CPU. Elsewhere reading the tokens would stall the device: there, `pick` gives nan."""
+    wrong = (tokens != IGNORED) & ((tokens < 0) | (tokens >= vocabulary))
+    if tokens.device.type == "cpu" and wrong.any():
+        position = int(wrong.flatten().nonzero()[0])
+        raise IndexError(
+            f"tokens: got {tokens.flatten()[position]} at position {position}, wanted a token in [0, {vocabulary}), "
+            f"or {IGNORED} to ignore it"
+        )
+
+
+def scaled(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Which rows count, and z / T in those, 0 in the others."""
+    check_tokens(tokens, logits.shape[-1])
     counts = tokens != IGNORED
-    z = torch.where(counts.unsqueeze(-1), upcast(logits), 0.0) / temperature
-    return counts, torch.log_softmax(z, dim=-1), torch.where(counts, torch.logsumexp(z, dim=-1), 0.0)
+    return counts, torch.where(counts.unsqueeze(-1), upcast(logits), 0.0) / temperature
+
+
+def log_softmax(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Which rows count, and log softmax(z / T)."""
+    counts, z = scaled(logits, tokens, temperature)
+    return counts, torch.log_softmax(z, dim=-1)
+
+
+def logsumexp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    counts, z = scaled(logits, tokens, temperature)
+    return torch.where(counts, torch.logsumexp(z, dim=-1), 0.0)
 
 
 def whiten_by(advantages: Tensor, mask: Tensor, stats: Tensor | None) -> Tensor:
@@ -45,8 +77,9 @@ def whiten_by(advantages: Tensor, mask: Tensor, stats: Tensor | None) -> Tensor:
 
 
 def pick(log_p: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
-    index = torch.where(counts, tokens, 0).unsqueeze(-1)
-    return torch.where(counts, log_p.gather(-1, index).squeeze(-1), 0.0)
+    inside = (tokens >= 0) & (tokens < log_p.shape[-1])
+    picked = log_p.gather(-1, torch.where(inside, tokens, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(counts, torch.where(inside, picked, torch.nan), 0.0)
 
 
 def entropy_of(log_p: Tensor, counts: Tensor) -> Tensor:
@@ -56,12 +89,12 @@ def entropy_of(log_p: Tensor, counts: Tensor) -> Tensor:
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    counts, log_p, _ = log_softmax(logits, tokens, temperature)
+    counts, log_p = log_softmax(logits, tokens, temperature)
     return pick(log_p, tokens, counts)
 
 
 def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    counts, log_p, _ = log_softmax(logits, tokens, temperature)
+    counts, log_p = log_softmax(logits, tokens, temperature)
     return pick(log_p, tokens, counts), entropy_of(log_p, counts)
 
 
@@ -70,23 +103,27 @@ def token_log_probs_and_entropy_backward(
     grad_entropy: Tensor | None,
     logits: Tensor,
     tokens: Tensor,
-    logsumexp: Tensor,
     entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """dz = (1/T) [ g (delta - p) - h p (log p + H) ]: what every vocabulary kernel ends in."""
-    counts = tokens != IGNORED
-    z = torch.where(counts.unsqueeze(-1), upcast(logits), 0.0) / temperature
-    log_p = z - logsumexp.unsqueeze(-1)
+    """dz = (1/T) [ g (delta - p) - h p (log p + H) ]: what every vocabulary kernel ends in.
+
+    log p is computed again: from a stored logsumexp of 1e5 it would have two digits after the point.
+    """
+    counts, log_p = log_softmax(logits, tokens, temperature)
     p = log_p.exp()
     dz = torch.zeros_like(p)
     if grad_log_probs is not None:
-        delta = torch.zeros_like(p).scatter_(-1, torch.where(counts, tokens, 0).unsqueeze(-1), 1.0)
+        inside = (tokens >= 0) & (tokens < p.shape[-1])
+        index = torch.where(inside, tokens, 0).unsqueeze(-1)
+        delta = torch.zeros_like(p).scatter_(-1, index, inside.unsqueeze(-1).to(p.dtype))
         dz = dz + grad_log_probs.unsqueeze(-1) * (delta - p)
     if grad_entropy is not None:
         surprise = torch.where(log_p == -INFINITY, 0.0, log_p)
         dz = dz - grad_entropy.unsqueeze(-1) * p * (surprise + entropy.unsqueeze(-1))
-    return torch.where(counts.unsqueeze(-1), dz / temperature, 0.0).to(logits.dtype)
+    # A row nobody wants a gradient of may hold anything.
+    wanted = sum((grad != 0 for grad in (grad_log_probs, grad_entropy) if grad is not None), torch.zeros_like(counts))
+    return torch.where((counts & wanted).unsqueeze(-1), dz / temperature, 0.0).to(logits.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- token-wise
@@ -99,8 +136,7 @@ def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return log_ratio**2 / 2
     if estimator == "k3":
-        # Impossible under p, possible under q: infinite, and not inf - inf.
-        return torch.where(log_ratio == -INFINITY, INFINITY, torch.expm1(-log_ratio) + log_ratio)
+        return residual(-log_ratio)
     if estimator == "abs":
         return log_ratio.abs()
     raise ValueError(f"estimator: got {estimator!r}, wanted one of 'k1', 'k2', 'k3', 'abs'")
@@ -118,10 +154,12 @@ def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: str = 
 def kl_slope(log_ratio: Tensor, estimator: str) -> Tensor:
     """The derivative of `kl_estimate`, for those who cannot ask autograd."""
     if estimator == "k1":
-        return torch.ones_like(log_ratio)
+        return torch.where(log_ratio.isnan(), log_ratio, 1.0)
     if estimator == "k2":
         return log_ratio
-    return -torch.expm1(-log_ratio) if estimator == "k3" else log_ratio.sign()
+    return (
+        -torch.expm1(-log_ratio) if estimator == "k3" else torch.where(log_ratio.isnan(), log_ratio, log_ratio.sign())
+    )
 
 
 def gae(
@@ -232,18 +270,24 @@ def ppo_loss(
     losses, kl, bonus = surrogate, torch.zeros_like(ratio), torch.zeros_like(ratio)
     if ref_log_probs is not None:
         kl = kl_estimate(keep(log_probs, mask) - keep(ref_log_probs, mask), kl_estimator)
-        losses = losses + kl_coef * kl
     if entropy is not None:
         bonus = keep(entropy, mask)
-        losses = losses - entropy_coef * bonus
+    # Coefficients of 0 ask for the statistics alone, and 0 * inf would be a nan.
+    losses = losses + kl_coef * kl if kl_coef else losses
+    losses = losses - entropy_coef * bonus if entropy_coef else losses
     shares = token_weights(mask, losses.dtype, aggregation, denominator)
     loss = (losses * shares).sum()
 
     with torch.no_grad():
         count = mask.sum().to(loss.dtype)
         mean = lambda x: divide(torch.where(mask, x.to(loss.dtype), 0.0).sum(), count)  # noqa: E731
-        approx_kl = torch.expm1(log_ratio) - log_ratio
-        stats = [(surrogate * shares).sum(), mean(approx_kl), mean(was_clipped), mean(was_dual_clipped), mean(ratio)]
+        stats = [
+            (surrogate * shares).sum(),
+            mean(residual(log_ratio)),
+            mean(was_clipped),
+            mean(was_dual_clipped),
+            mean(ratio),
+        ]
         nobody = torch.zeros_like(loss)
         smallest = torch.where(mask, ratio, INFINITY).min() if ratio.numel() else nobody
         largest = torch.where(mask, ratio, -INFINITY).max() if ratio.numel() else nobody
@@ -275,15 +319,13 @@ def value_loss(
         near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
         clipped = (near - returns) ** 2 / 2
         was_clipped = mask & (clipped > losses)
-        losses = torch.where(was_clipped, clipped, losses)
+        losses = torch.where(was_clipped | clipped.isnan(), clipped, losses)  # an old value of nan shows
     loss = (losses * token_weights(mask, losses.dtype, aggregation, denominator)).sum()
 
     with torch.no_grad():
         count = mask.sum().to(loss.dtype)
         mean = lambda x: divide(torch.where(mask, x, 0.0).sum(), count)  # noqa: E731
-        error = returns - values
-        spread = mean((returns - mean(returns)) ** 2)
-        unexplained = mean((error - mean(error)) ** 2)
+        spread, unexplained = (mean(deviations(x, mask)[1] ** 2) for x in (returns, returns - values))
         explained = torch.where(spread > 0, 1 - unexplained / torch.where(spread > 0, spread, 1.0), 0.0)
         stats = [mean(was_clipped.to(loss.dtype)), mean(values), mean(returns), explained, count]
     return loss, torch.stack(stats).detach()
@@ -299,17 +341,35 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return divide(total, count.to(kept.dtype))
 
 
+def deviations(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an x that went through `keep`: the mean of what counts, and x - mean where it counts, 0 elsewhere.
+
+    By way of the distances to the first number that counts: equal numbers deviate by exactly 0, however they round.
+    """
+    first = mask.flatten().int().argmax(0, keepdim=True) if mask.numel() else slice(0)
+    pivot = x.detach().flatten()[first].sum()
+    distances = torch.where(mask, x - pivot, 0.0)
+    step = divide(distances.sum(), mask.sum())
+    return pivot + step, torch.where(mask, distances - step, 0.0)
+
+
+def whiten(
+    x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whitened x, mean, 1 / std and count."""
+    mask = mask.bool()
+    mean, centered = deviations(keep(x, mask), mask)
+    count = mask.sum().to(mean.dtype)
+    variance = (centered**2).sum() / (count - 1 if unbiased else count).clamp(min=1.0)
+    rstd = (variance + eps).rsqrt()
+    whitened = centered * rstd
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0), mean, rstd, count
+
+
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
 ) -> Tensor:
-    mask = mask.bool()
-    x = keep(x, mask)
-    count = mask.sum().to(x.dtype)
-    mean = divide(x.sum(), count)
-    squares = torch.where(mask, (x - mean) ** 2, 0.0).sum()
-    variance = squares / (count - 1 if unbiased else count).clamp(min=1.0)
-    whitened = (x - mean) * (variance + eps).rsqrt()
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+    return whiten(x, mask, shift_mean, unbiased, eps)[0]
 
 
 # ---------------------------------------------------------------------------------------------- sequence-wise

@@ -59,6 +59,34 @@ def test_k3_is_precise_where_the_policies_are_close():
     assert ((ours - exact) / exact).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_of_the_reference_is_precise_too(dtype):
+    """It is the oracle. Exact: sums of x^n / n! in whole numbers, for d = k / 2^20."""
+    from fractions import Fraction
+
+    for numerator in (1, -1, 1000, -77_777, 300_000, -900_000, 1_048_575, -1_048_575):
+        x = Fraction(-numerator, 2**20)
+        term, exact = x, Fraction(0)
+        for n in range(2, 40):
+            term = term * x / n
+            exact += term
+        d = torch.tensor([numerator / 2**20], dtype=dtype)
+        ours = reference.kl_divergence(d, torch.zeros_like(d), estimator="k3").item()
+        assert ours == pytest.approx(float(exact), rel=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_a_nan_shows_in_the_gradient(estimator, clamp):
+    """A slope of 0 means that a limit holds, and nothing holds a nan."""
+    p = torch.tensor([math.nan, 0.0, 0.01], requires_grad=True)
+    q = torch.tensor([0.0, math.nan, 0.0])
+    kl = F.kl_divergence(p, q, estimator=estimator, clamp=clamp)
+    assert kl.isnan().tolist() == [True, True, False]
+    kl.sum().backward()
+    assert p.grad.isnan().tolist() == [True, True, False]
+
+
 def test_k1_and_k3_are_unbiased():
     torch.manual_seed(0)
     p_logits, q_logits = torch.randn(2, 8)
@@ -96,6 +124,11 @@ def test_inputs_in_low_precision_and_strided():
     [
         ({"estimator": "k5"}, "estimator: got 'k5', wanted one of 'k1', 'k2', 'k3', 'abs'"),
         ({"clamp": -1.0}, "clamp: got -1.0, wanted a finite number > 0.0"),
+        ({"clamp": [20, 10]}, "clamp: got list, wanted a number"),
+        ({"clamp": (20, 10, 3)}, r"clamp: got \(20, 10, 3\), wanted c, \(a, c\) or None"),
+        ({"clamp": ()}, r"clamp: got \(\), wanted c, \(a, c\) or None"),
+        ({"clamp": ("a", 1.0)}, "clamp: got str, wanted a number"),
+        ({"estimator": ["k1"]}, r"estimator: got \['k1'\], wanted one of"),
         ({"ref_log_probs": torch.zeros(3)}, r"ref_log_probs: got shape \(3,\), wanted \(2, 3\)"),
         ({"log_probs": torch.zeros(2, 3, dtype=torch.int64)}, "log_probs: got dtype int64"),
     ],

@@ -260,3 +260,40 @@ def test_forward_allocates_nothing_of_the_vocabularys_size():
     logits, tokens = random_logits(64, 8192)
     assert peak_allocation(lambda: F.token_log_probs_and_entropy(logits, tokens)) == 3 * 64 * 4  # its three results
     assert peak_allocation(lambda: reference.token_log_probs_and_entropy(logits, tokens)) >= 64 * 8192 * 4
+
+
+def test_a_slice_is_not_copied():
+    """64-bit strides instead of .contiguous(), forward and backward."""
+    whole, tokens = random_logits(8, 33, 4096)
+    logits, tokens = whole[:, :-1].detach().requires_grad_(), tokens[:, :-1]
+    g, rows = torch.randn(8, 32), 8 * 32 * 4
+    assert peak_allocation(lambda: F.token_log_probs_and_entropy(logits, tokens)) <= 5 * rows
+    log_probs = F.token_log_probs(logits, tokens)
+    gradient = logits.numel() * 4  # which is due; a copy beside it would be as much again
+    allocated = peak_allocation(lambda: torch.autograd.grad(log_probs, logits, g))
+    assert gradient <= allocated <= gradient + 5 * rows
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_inplace_backward_allocates_nothing_of_the_vocabularys_size(entropy):
+    leaf, tokens = random_logits(64, 8192)
+    logits = leaf.requires_grad_() * 1.0
+    function = F.token_log_probs_and_entropy if entropy else F.token_log_probs
+    results = function(logits, tokens, inplace_backward=True)
+    g = torch.randn(64)
+    grads = (g, g) if entropy else g
+    assert peak_allocation(lambda: torch.autograd.grad(results, logits, grads)) < 64 * 8192
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("shift", [-1e4, 1e2, 1e3, 1e5])
+def test_gradients_of_large_logits_are_as_precise_as_eagers(shift, entropy):
+    """A stored logsumexp of 1e5 knows two digits after the point."""
+    logits, tokens = random_logits(8, 5003)
+    logits = logits + shift
+    g, h = torch.randn(8), torch.randn(8) * entropy
+    ours = gradients(F.token_log_probs_and_entropy, logits, tokens, 1.0, g, h)
+    eager = gradients(reference.token_log_probs_and_entropy, logits, tokens, 1.0, g, h)
+    exact = gradients(reference.token_log_probs_and_entropy, logits.double(), tokens, 1.0, g, h)
+    slack = 4e-6 * (g.abs().max() + 12 * h.abs().max()).item()
+    assert_as_good_as_eager(ours[2], eager[2], exact[2], slack, "gradient")

@@ -90,6 +90,22 @@ def test_a_row_does_not_depend_on_its_batch_verl_7704(dtype):
         assert all(same_bits(a[i : i + 1], b) for a, b in zip(batch, alone, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 512.0])
+def test_a_rows_gradient_does_not_depend_on_its_batch(dtype, shift):
+    logits, tokens = random_logits(33, 4111, dtype=dtype)
+    g, h = torch.randn(2, 33)
+
+    def gradient(rows):
+        leaf = (logits[rows] + shift).requires_grad_()
+        log_probs, entropy = F.token_log_probs_and_entropy(leaf, tokens[rows], temperature=0.8)
+        return torch.autograd.grad((log_probs, entropy), leaf, (g[rows], h[rows]))[0]
+
+    batch = gradient(slice(0, 33))
+    for i in (0, 13, 32):
+        assert torch.equal(batch[i], gradient(slice(i, i + 1))[0])
+
+
 def test_the_number_of_threads_changes_no_bit():
     logits, tokens = random_logits(37, 4111)
     before = torch.get_num_threads()
@@ -99,6 +115,68 @@ def test_the_number_of_threads_changes_no_bit():
         results.append(F.token_log_probs_and_entropy(logits, tokens))
     torch.set_num_threads(before)
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_autocast_changes_no_bit():
+    logits, tokens = random_logits(4, 500, dtype=torch.bfloat16)
+    results = []
+    for enabled in (False, True):
+        leaf = logits.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = F.token_log_probs_and_entropy(leaf, tokens)
+        assert all(x.dtype == torch.float32 for x in outputs)
+        results.append((*outputs, torch.autograd.grad(sum(x.sum() for x in outputs), leaf)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("token", [-1, 5, -101, 2**40])
+def test_the_reference_refuses_tokens_outside_the_vocabulary_too(token):
+    tokens = torch.tensor([0, token])
+    for function in (reference.token_log_probs, reference.token_log_probs_and_entropy):
+        with pytest.raises(IndexError, match=rf"tokens: got {token} at position 1, wanted a token in \[0, 5\)"):
+            function(torch.zeros(2, 5), tokens)
+
+
+def test_the_reference_gives_nan_for_such_a_token_where_it_may_not_raise(monkeypatch):
+    """Reading the tokens of another device would stall it, and a gather out of bounds would end the process."""
+    monkeypatch.setattr(reference, "check_tokens", lambda *_: None)
+    tokens = torch.tensor([1, 5, -1, -100, 2**40])
+    log_probs = reference.token_log_probs(torch.zeros(5, 5), tokens)
+    assert log_probs.isnan().tolist() == [False, True, True, False, True]
+    ones, logits = torch.ones(5), torch.zeros(5, 5)
+    grad = reference.token_log_probs_and_entropy_backward(ones, None, logits, tokens, None, 1.0)
+    torch.testing.assert_close(grad[1], torch.full((5,), -0.2))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x[:1].expand(3, 7), r"logits: got shape \(3, 7\) with strides \(0, 1\), wanted rows that do not"),
+        (
+            lambda x: x.flatten().as_strided((3, 7), (5, 1)),
+            r"logits: .* with strides \(5, 1\), wanted rows that do not",
+        ),
+        (
+            lambda x: x[:, None].expand(3, 2, 7),
+            "logits: .* wanted rows that do not overlap, because inplace_backward=True",
+        ),
+        (lambda x: x.detach().clone().requires_grad_(), "logits: got a leaf that requires grad"),
+        (lambda x: x.detach().clone().requires_grad_().view(3, 7), "logits: got a leaf that requires grad"),
+    ],
+)
+def test_inplace_backward_refuses_what_it_would_spoil(make, message, entropy):
+    logits = make(torch.randn(3, 7, requires_grad=True) * 1)
+    tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        (F.token_log_probs_and_entropy if entropy else F.token_log_probs)(logits, tokens, inplace_backward=True)
+
+
+def test_inplace_backward_takes_every_layout_whose_rows_lie_apart():
+    base = torch.randn(4, 6, 9, requires_grad=True) * 1
+    for logits in (base, base[:, :-1], base.transpose(0, 1), base[1::2, ::3, 2:7], base[:1, :, :3], base[..., :1]):
+        tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+        assert F.token_log_probs(logits, tokens, inplace_backward=True).requires_grad
 
 
 @pytest.mark.parametrize("token", [-1, 5, -101, 2**40])
@@ -118,8 +196,13 @@ def test_tokens_outside_the_vocabulary(token):
         ({"tokens": torch.zeros(2, 3, dtype=torch.int32)}, "tokens: got dtype int32, wanted int64"),
         ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: got shape \(3,\), wanted \(2, 3\)"),
         ({"tokens": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "tokens: got device meta, wanted cpu"),
-        ({"temperature": 0.0}, "temperature: got 0.0, wanted a finite number > 0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, wanted a finite number >= 1.17"),
         ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": 4e38}, "temperature: got 4e"),
+        ({"temperature": 1e-39}, "temperature: got 1e-39"),
+        ({"temperature": 1e-50}, "temperature: got 1e-50"),
+        ({"temperature": [1.0]}, "temperature: got list, wanted a number"),
+        ({"temperature": True}, "temperature: got bool, wanted a number"),
         ({"temperature": "hot"}, "temperature: got str, wanted a number"),
     ],
 )

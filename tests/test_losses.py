@@ -232,3 +232,12 @@ def test_pairwise_reward_loss_far_out():
     loss.backward()
     assert loss.item() == 5000.0
     assert chosen.grad.tolist() == [0.0, -0.5]
+
+
+@pytest.mark.parametrize("constant", [0.1, 0.3, 1000.1])
+@pytest.mark.parametrize("n", [37, 333, 5003])
+def test_nothing_is_explained_where_all_returns_are_equal(constant, n):
+    values, mask = random_tokenwise(1, 1, n)
+    returns = torch.full((1, n), constant)
+    assert F.value_loss(values, None, returns, mask)[1].explained_variance == 0.0
+    assert reference.value_loss(values, None, returns, mask)[1][3] == 0.0

@@ -7,6 +7,7 @@ import torch
 from oracle import poison, random_tokenwise, same_bits
 
 from fastrlhf import functional as F
+from fastrlhf import reference
 
 ops = torch.ops.fastrlhf
 ALL_ON = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, "entropy_coef": 0.1, "kl_coef": 0.2}
@@ -109,6 +110,119 @@ def test_nan_in_a_token_that_counts_is_not_hidden(bad):
     assert F.pairwise_reward_loss(broken[0], broken[0].clone())[0].isnan()
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_a_coefficient_of_zero_only_monitors(estimator):
+    """An infinite distance to the reference, or entropy, is reported; 0 * inf in the loss would be a nan."""
+    arguments, mask, _ = everything()
+    mask[0, :3] = True
+    far, entropy = arguments[0].clone(), torch.ones_like(arguments[0])
+    far[0, 0], far[0, 1], entropy[0, 2] = -math.inf, math.nan, math.inf
+    results = []
+    for tensors in ({}, {"ref_log_probs": far, "entropy": entropy, "kl_estimator": estimator}):
+        leaf = arguments[0].clone().requires_grad_()
+        loss, stats = F.ppo_loss(leaf, *arguments[1:], mask, **tensors)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert stats.kl.isnan()
+    assert stats.entropy == math.inf
+    loss, _ = reference.ppo_loss(*arguments, mask, **tensors)
+    torch.testing.assert_close(loss, results[0][0])
+
+
+def test_nan_shows_in_the_ratios():
+    nan, zeros, ones = math.nan, torch.zeros(1, 40), torch.ones(1, 40)
+    for bad in ([3], [0], [39], range(40)):
+        log_probs = zeros.clone()
+        log_probs[0, list(bad)] = nan
+        leaf = log_probs.clone().requires_grad_()
+        loss, stats = F.ppo_loss(leaf, zeros, ones, ones)
+        loss.backward()
+        assert all(x.isnan() for x in (loss, stats.ratio_min, stats.ratio_mean, stats.ratio_max))
+        assert torch.equal(leaf.grad.isnan(), log_probs.isnan())
+
+
+def test_nan_in_an_old_value_shows_where_it_clips():
+    values, returns = torch.zeros(1, 40, requires_grad=True), torch.ones(1, 40)
+    for position in (0, 5, 39):
+        old = torch.zeros(1, 40)
+        old[0, position] = math.nan
+        loss, _ = F.value_loss(values, old, returns, torch.ones(1, 40), clip=0.2)
+        assert loss.isnan()
+        assert reference.value_loss(values, old, returns, torch.ones(1, 40), clip=0.2)[0].isnan()
+        (grad,) = torch.autograd.grad(loss, values)
+        assert torch.equal(grad.isnan(), old.isnan())
+        assert F.value_loss(values, old, returns, torch.ones(1, 40))[0] == 0.5  # without clip nobody reads it
+
+
+@pytest.mark.parametrize("far", [math.inf, -math.inf])
+def test_an_infinite_log_ratio_has_an_infinite_kl(far):
+    arguments = [torch.tensor([[far, 0.0]]), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2)]
+    assert F.ppo_loss(*arguments, log_ratio_clamp=None)[1].approx_kl == math.inf
+    assert reference.ppo_loss(*arguments, log_ratio_clamp=None)[1][1] == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_does_not_matter(dtype):
+    arguments, mask, tensors = everything()
+    expected = ppo(arguments, mask, tensors, denominator=7)
+    torch.set_default_dtype(dtype)
+    try:
+        results = ppo(arguments, mask, tensors, denominator=7)
+        F.value_loss(arguments[0], None, arguments[1], mask, denominator=7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(a, b) for a, b in zip(expected, results, strict=True))
+
+
+ONES = torch.ones(3, 4)
+TOKENS = torch.zeros(3, dtype=torch.int64)
+DIFFERENTIABLE = {
+    "ppo_loss": lambda x: F.ppo_loss(x, ONES, ONES, ONES)[0],
+    "ppo_loss, entropy": lambda x: F.ppo_loss(ONES, ONES, ONES, ONES, entropy=x, entropy_coef=0.1)[0],
+    "value_loss": lambda x: F.value_loss(x, None, ONES, ONES)[0],
+    "pairwise_reward_loss": lambda x: F.pairwise_reward_loss(x[0], ONES[0])[0],
+    "kl_divergence": lambda x: F.kl_divergence(x, ONES, estimator="k3"),
+    "kl_divergence, reference": lambda x: F.kl_divergence(ONES, x, estimator="k2"),
+    "masked_whiten": lambda x: F.masked_whiten(x, ONES).pow(2),
+    "token_log_probs": lambda x: F.token_log_probs(x, TOKENS),
+    "token_log_probs, in place": lambda x: F.token_log_probs(x * 1, TOKENS, inplace_backward=True),
+    "token_log_probs_and_entropy": lambda x: F.token_log_probs_and_entropy(x, TOKENS)[1],
+    "token_log_probs_and_entropy, in place": lambda x: F.token_log_probs_and_entropy(
+        x * 1, TOKENS, inplace_backward=True
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_is_refused(name):
+    x = torch.randn(3, 4, requires_grad=True)
+    plain, (grad,) = (torch.autograd.grad(DIFFERENTIABLE[name](x).sum(), x, create_graph=c) for c in (False, True))
+    assert torch.equal(plain[0], grad)
+    for penalty in (grad.pow(2).sum(), (grad * x).sum()):
+        with pytest.raises(NotImplementedError, match="double backward is not implemented"):
+            penalty.backward(retain_graph=True)
+
+
+def test_a_mean_can_be_differentiated_twice():
+    """It is linear, so its backward pass needs nothing of x."""
+    assert torch.autograd.gradgradcheck(
+        lambda x: F.masked_mean(x.float(), ONES, 1).double() ** 2,
+        torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+        eps=1e-2,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(name):
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError, match="got a tangent, wanted none: forward-mode AD is not implemented"):
+        torch.func.jvp(DIFFERENTIABLE[name], (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="got a tangent"):
+        DIFFERENTIABLE[name](torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 def test_a_batch_in_bf16_is_computed_in_fp32():
     arguments, mask, _ = everything()
     low = [x.bfloat16() for x in arguments]
@@ -182,6 +296,10 @@ def test_stats_carry_no_gradient():
         ({"dual_clip": 1.0}, "dual_clip: got 1.0, wanted a finite number > 1.0"),
         ({"log_ratio_clamp": 0}, "log_ratio_clamp: got 0"),
         ({"denominator": 0}, "denominator: got 0"),
+        ({"denominator": [3]}, "denominator: got list, wanted a number"),
+        ({"clip_low": (0.1,)}, "clip_low: got tuple, wanted a number"),
+        ({"kl_coef": [0.1]}, "kl_coef: got list, wanted a number"),
+        ({"kl_coef": float("nan")}, "kl_coef: got nan, wanted a finite number"),
         ({"denominator": torch.ones(2)}, r"denominator: got shape \(2,\), wanted one number"),
         ({"entropy_coef": 0.1}, "entropy: got None, wanted a tensor, because entropy_coef=0.1"),
         ({"kl_coef": 0.1}, "ref_log_probs: got None, wanted a tensor, because kl_coef=0.1"),

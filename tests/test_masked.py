@@ -58,6 +58,24 @@ def test_whitened_numbers_have_mean_zero_and_variance_one():
     assert white.var().item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("constant", [0.1, 0.3, 1000.1])
+@pytest.mark.parametrize("n", [37, 333, 5003])
+def test_equal_numbers_are_whitened_to_exactly_zero(constant, n):
+    x, mask = torch.full((n,), constant), torch.ones(n)
+    mask[: n // 3 : 2] = 0
+    for function in (F.masked_whiten, reference.masked_whiten):
+        assert not function(x, mask).any()
+        torch.testing.assert_close(function(x, mask, shift_mean=False), x * mask, rtol=0, atol=0)
+    assert F.masked_mean(x, mask).item() == pytest.approx(x[0].item(), rel=1e-6)
+
+
+def test_a_mean_may_be_infinite():
+    inf = float("inf")
+    for x, expected in (([inf, 1.0], inf), ([1.0, -inf], -inf), ([3e38, -3e38], 0.0)):
+        assert F.masked_mean(torch.tensor(x), torch.ones(2)).item() == expected
+    assert F.masked_mean(torch.tensor([inf, -inf]), torch.ones(2)).isnan()
+
+
 def test_under_the_mask_nothing_matters():
     x, mask = random_tokenwise(1, 4, 50)
     for options in ({}, {"shift_mean": False}):
@@ -95,6 +113,7 @@ def test_threads_change_no_bit():
     [
         (lambda x: F.masked_mean(x, x[0]), r"mask: got shape \(3,\), wanted \(2, 3\)"),
         (lambda x: F.masked_mean(x, x, 2), r"dim: got 2, wanted a dimension of x, which has shape \(2, 3\)"),
+        (lambda x: F.masked_mean(x, x, "rows"), "dim: got 'rows', wanted one dimension of x as an int"),
         (lambda x: F.masked_mean(x.long(), x), "x: got dtype int64, wanted float32, bfloat16, float16"),
         (lambda x: F.masked_whiten(x, x, eps=-1.0), "eps: got -1.0"),
     ],

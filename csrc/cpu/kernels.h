@@ -49,6 +49,23 @@ struct Units {
   int64_t rows, columns, length, per_row;
 };
 
+// Where a unit lies in memory. Static, so that every hot file keeps a copy of its own.
+struct Span {
+  int64_t start, length;
+};
+
+static inline Span span_of(const Units& units, int64_t unit) {
+  const int64_t row = unit / units.per_row, column = unit % units.per_row * units.length;
+  const int64_t rest = units.columns - column;
+  return {row * units.columns + column, rest < units.length ? rest : units.length};
+}
+
+static inline int64_t count_kept(const uint8_t* mask, int64_t length) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < length; ++i) n += mask[i] != 0;
+  return n;
+}
+
 struct Moments {
   double count, mean, squares;  // squares: sum of (x - mean)^2
 };

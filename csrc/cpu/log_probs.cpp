@@ -1,5 +1,7 @@
 // token_log_probs, with and without entropy, on CPU: torch-facing side. The arithmetic is in kernels/log_probs.cpp.
 
+#include <limits>
+
 #include "tensors.h"
 
 namespace fastrlhf {
@@ -42,7 +44,8 @@ void check_logits(const Tensor& logits, const Tensor& tokens) {
 }
 
 void check_temperature(double temperature) {
-  require(temperature > 0.0 && temperature < __builtin_inf(), "temperature", "a positive finite number");
+  using Float = std::numeric_limits<float>;
+  require(temperature >= Float::min() && temperature <= Float::max(), "temperature", "a positive normal fp32 number");
 }
 
 Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {

@@ -116,8 +116,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     total.ratio_max = std::max(total.ratio_max, parts[i].ratio_max);
   }
   double loss = policy_loss;
-  if (ref.has_value()) loss += kl_coef * kl_loss;
-  if (ent.has_value()) loss -= entropy_coef * entropy_loss;
+  // Coefficients of 0 ask for the statistics alone, and 0 * inf would be a nan.
+  if (kl_coef != 0.0) loss += kl_coef * kl_loss;
+  if (entropy_coef != 0.0) loss -= entropy_coef * entropy_loss;
+  // Minima lose a nan. The sum of the ratios does not, and nothing else makes it one: ratios are not negative.
+  if (std::isnan(total.ratio)) total.ratio_min = total.ratio_max = std::numeric_limits<float>::quiet_NaN();
 
   Tensor stats = new_floats({10});
   const double n = d.tokens;

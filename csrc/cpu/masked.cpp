@@ -10,12 +10,8 @@ std::vector<int64_t> count_units(const uint8_t* mask, const Units& units) {
   std::vector<int64_t> counts(number_of(units), 0);
   const auto count = [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t column = unit % units.per_row * units.length;
-      const int64_t start = unit / units.per_row * units.columns + column;
-      const int64_t length = std::min(units.length, units.columns - column);
-      int64_t n = 0;
-      for (int64_t i = 0; i < length; ++i) n += mask[start + i] != 0;
-      counts[unit] = n;
+      const Span span = span_of(units, unit);
+      counts[unit] = count_kept(mask + span.start, span.length);
     }
   };
   if (!counts.empty()) torch::stable::parallel_for(0, counts.size(), 16, count);

@@ -29,12 +29,14 @@ FASTRLHF_INLINE KlEstimate<V> kl_estimate(V log_ratio, int estimator) {
   }
 }
 
+// Slope 0 where a limit holds, and only there: a nan is not held by anything, and shows in the slope of every estimator.
 template <class V>
 FASTRLHF_INLINE KlEstimate<V> kl_estimate_clamped(V log_ratio, int estimator, float clamp_input, float clamp_output) {
   const V held = clamp(log_ratio, -clamp_input, clamp_input);
   KlEstimate<V> kl = kl_estimate(held, estimator);
   const V value = clamp(kl.value, -clamp_output, clamp_output);
-  kl.slope = select(equal(held, log_ratio) & equal(value, kl.value), kl.slope, V(0.0f));
+  kl.slope = select(less(V(clamp_input), abs(log_ratio)) | less(V(clamp_output), abs(kl.value)), V(0.0f), kl.slope);
+  kl.slope = select(equal(log_ratio, log_ratio), kl.slope, log_ratio);
   kl.value = value;
   return kl;
 }

@@ -21,7 +21,7 @@ template <class V, class M>
 FASTRLHF_INLINE Surrogate<V, M> surrogate(V log_ratio, V advantage, float low, float high, float dual_clip,
                                           float log_ratio_clamp) {
   const V held = clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp);
-  const M free = equal(held, log_ratio);
+  const M held_back = less(V(log_ratio_clamp), abs(log_ratio));  // not of a nan, which has to show in the slope
   Surrogate<V, M> s;
   s.ratio = exp_with_residual(held, s.approx_kl);
   const V cost = V(0.0f) - advantage;
@@ -31,7 +31,7 @@ FASTRLHF_INLINE Surrogate<V, M> surrogate(V log_ratio, V advantage, float low, f
   const V bound = cost * V(dual_clip);
   s.dual_clipped = less(advantage, V(0.0f)) & less(bound, s.loss);
   s.loss = select(s.dual_clipped, bound, s.loss);
-  s.slope = select(free & ~(s.clipped | s.dual_clipped), plain, V(0.0f));
+  s.slope = select(held_back | s.clipped | s.dual_clipped, V(0.0f), plain);
   return s;
 }
 

@@ -13,11 +13,11 @@ struct ValueError {
 
 template <class V, class M>
 FASTRLHF_INLINE ValueError<V, M> value_error(V value, V target, V low, V high) {
-  const V held = smaller(high, larger(low, value));
+  const V held = select(equal(low, low), smaller(high, larger(low, value)), low);  // an old value of nan shows
   const V error = value - target, held_error = held - target;
   const V loss = V(0.5f) * error * error, held_loss = V(0.5f) * held_error * held_error;
   const M clipped = less(loss, held_loss);
-  return {select(clipped, held_loss, loss), select(clipped, V(0.0f), error), clipped};
+  return {larger(loss, held_loss), select(clipped, V(0.0f), select(equal(held, held), error, held)), clipped};
 }
 
 }  // namespace FASTRLHF_CAPABILITY

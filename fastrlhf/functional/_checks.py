@@ -1,11 +1,15 @@
 """Argument checks: every complaint names the argument, what came and what was wanted."""
 
+import functools
 import math
+import numbers
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP32 = torch.finfo(torch.float32)
 
 
 def _names(dtypes) -> str:
@@ -19,6 +23,9 @@ def tensor(name: str, x, *, dims: int | None = None, dtypes=FLOATS) -> Tensor:
         raise ValueError(f"{name}: got dtype {_names([x.dtype])}, wanted {_names(dtypes)}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {dims} dimension{'s' * (dims != 1)}")
+    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if dual and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(f"{name}: got a tangent, wanted none: forward-mode AD is not implemented")
     return x
 
 
@@ -46,14 +53,14 @@ def mask(name: str, x, model_name: str, model: Tensor) -> Tensor:
 
 def option(name: str, value, choices: tuple[str, ...]) -> int:
     """The position of `value` among the choices, which is what the raw ops take."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
     return choices.index(value)
 
 
 def number(name: str, value, *, above: float | None = None, least: float | None = None, most: float | None = None):
     """A finite float within the bounds."""
-    if isinstance(value, (Tensor, bool, str)) or value is None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
         raise ValueError(f"{name}: got {type(value).__name__}, wanted a number")
     wanted = [f"> {above}"] * (above is not None) + [f">= {least}"] * (least is not None)
     wanted += [f"<= {most}"] * (most is not None)
@@ -68,6 +75,11 @@ def limit(name: str, value, *, above: float = 0.0) -> float:
     return math.inf if value is None else number(name, value, above=above)
 
 
+def temperature(value) -> float:
+    """As fp32, in which the kernels take it, neither 0 nor infinite nor denormal."""
+    return number("temperature", value, least=FP32.tiny, most=FP32.max)
+
+
 def denominator(value, model: Tensor) -> Tensor | None:
     """The global count, as a scalar tensor on the loss's device, so that a new count recompiles nothing."""
     if value is None:
@@ -76,9 +88,56 @@ def denominator(value, model: Tensor) -> Tensor | None:
         if value.numel() != 1:
             raise ValueError(f"denominator: got shape {tuple(value.shape)}, wanted one number")
         return value.detach().to(device=model.device, dtype=torch.float32).reshape(())
-    return torch.full((), number("denominator", value, above=0.0), device=model.device)
+    return torch.full((), number("denominator", value, above=0.0), dtype=torch.float32, device=model.device)
 
 
 def sequences(name: str, x: Tensor, because: str) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted [B, T], because {because}")
+
+
+def writable_rows(name: str, x: Tensor, because: str) -> None:
+    """Rows [..., V] that a gradient may be written over: no two share memory, and nobody keeps them as parameters."""
+    extent = x.shape[-1]
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    f"{name}: got shape {tuple(x.shape)} with strides {x.stride()}, wanted rows that do not overlap, "
+                    f"because {because}"
+                )
+            extent += (size - 1) * stride
+    owner = x if x._base is None else x._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            f"{name}: got a leaf that requires grad (or a view of one), wanted the result of an operation, because "
+            f"{because}: its .grad would be its own memory"
+        )
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError("double backward is not implemented for the ops of fastrlhf")
+
+
+def once_differentiable(backward):
+    """For backward functions that autograd must not differentiate: whoever tries gets an error.
+
+    torch's decorator of that name hands out plain numbers where the incoming gradient needs no gradient, which it
+    never does under a loss: the second derivative would silently be 0.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        return tuple(None if x is None else _Refusal.apply(x.detach().requires_grad_()) for x in results)
+
+    return wrapper

@@ -26,6 +26,7 @@ def kl_divergence(
     clamp: c holds the estimate within [-c, c]; (a, c) holds d within [-a, a] first (either may be None). As with
         torch.clamp, the gradient outside is 0.
     Returns [...], fp32, in nats, with gradient to both. Raises ValueError on shapes, dtypes, devices and options.
+    Reverse mode only, once: forward-mode AD and double backward raise NotImplementedError.
 
     Schulman 2020, "Approximating KL Divergence": k1 and k3 are unbiased as values, k2 and k3 never negative; as a loss,
     the gradient of k2 is the unbiased one, that of k1 has mean zero.
@@ -33,7 +34,11 @@ def kl_divergence(
     check.tensor("log_probs", log_probs)
     check.like("ref_log_probs", ref_log_probs, "log_probs", log_probs)
     index = check.option("estimator", estimator, KL_ESTIMATORS)
-    clamp_input, clamp_output = clamp if isinstance(clamp, tuple) else (None, clamp)
+    if not isinstance(clamp, tuple):
+        clamp = (None, clamp)
+    if len(clamp) != 2:
+        raise ValueError(f"clamp: got {clamp!r}, wanted c, (a, c) or None")
+    clamp_input, clamp_output = clamp
     clamp_input, clamp_output = check.limit("clamp", clamp_input), check.limit("clamp", clamp_output)
     return ops.kl_divergence(log_probs.float(), ref_log_probs.float(), index, clamp_input, clamp_output)
 
@@ -43,6 +48,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(log_probs, ref_log_probs)
 
 
+@check.once_differentiable
 def _backward(ctx, grad):
     grad = ops.kl_divergence_backward(grad, *ctx.saved_tensors, *ctx.options)
     wanted, wanted_ref = ctx.needs_input_grad[:2]

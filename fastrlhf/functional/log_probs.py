@@ -16,16 +16,21 @@ def token_log_probs(
 
     logits: [..., V], fp32, bf16 or fp16; rows may be strided, the last dimension contiguous.
     tokens: [...], int64 in [0, V), or -100 for positions to ignore (row not read, result 0, gradient 0).
-    inplace_backward: write the gradient over the logits (they are garbage afterwards; saves V values a row). Under
-        torch.compile the compiler plans the memory and this is ignored; the numbers are the same.
+    temperature: a positive normal fp32 number. Under torch.compile a new value recompiles, because torch takes the
+        floats of custom ops as constants.
+    inplace_backward: write the gradient over the logits (they are garbage afterwards; saves V values a row). Their rows
+        must not overlap, and they must not be a leaf that requires grad. Under torch.compile the compiler plans the
+        memory and this is ignored; the numbers are the same.
     Returns [...], fp32, in nats. Gradient to logits, in their dtype. Raises ValueError on shapes, dtypes and devices
-    that don't match, IndexError (CPU) on tokens outside [0, V).
+    that don't match, IndexError (CPU) on tokens outside [0, V); elsewhere such a token gives nan. Reverse mode only,
+    once: forward-mode AD and double backward raise NotImplementedError.
 
     log p(y) = z_y/T - logsumexp(z/T);  d log p / dz_j = (1[j = y] - p_j) / T.
     """
     temperature = _check(logits, tokens, temperature)
     if inplace_backward and not torch.compiler.is_compiling():
-        return _TokenLogProbsInPlace.apply(logits, tokens, temperature)
+        check.writable_rows("logits", logits, "inplace_backward=True writes the gradient over them")
+        return _InPlace.apply(ops.token_log_probs, ops.token_log_probs_backward_, logits, tokens, temperature)[0]
     return ops.token_log_probs(logits, tokens, temperature)[0]
 
 
@@ -41,7 +46,9 @@ def token_log_probs_and_entropy(
     """
     temperature = _check(logits, tokens, temperature)
     if inplace_backward and not torch.compiler.is_compiling():
-        return _TokenLogProbsAndEntropyInPlace.apply(logits, tokens, temperature)
+        check.writable_rows("logits", logits, "inplace_backward=True writes the gradient over them")
+        both = (ops.token_log_probs_and_entropy, ops.token_log_probs_and_entropy_backward_)
+        return _InPlace.apply(*both, logits, tokens, temperature)
     return ops.token_log_probs_and_entropy(logits, tokens, temperature)[:2]
 
 
@@ -58,7 +65,7 @@ def _check(logits: Tensor, tokens: Tensor, temperature: float) -> float:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one entry in the vocabulary")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(f"logits: got strides {logits.stride()}, wanted a last stride of 1; call .contiguous()")
-    return check.number("temperature", temperature, above=0.0)
+    return check.temperature(temperature)
 
 
 # Autograd. The backward passes rebuild p from the logits and their logsumexp; nothing of size [N, V] is kept.
@@ -72,12 +79,14 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@check.once_differentiable
 def _backward(ctx, grad_log_probs, _grad_logsumexp):
     if grad_log_probs is None or not ctx.needs_input_grad[0]:
         return None, None, None
     return ops.token_log_probs_backward(grad_log_probs, *ctx.saved_tensors, ctx.temperature), None, None
 
 
+@check.once_differentiable
 def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_logsumexp):
     if not ctx.needs_input_grad[0] or (grad_log_probs is None and grad_entropy is None):
         return None, None, None
@@ -96,49 +105,25 @@ torch.library.register_autograd("fastrlhf::token_log_probs", _backward, setup_co
 torch.library.register_autograd("fastrlhf::token_log_probs_and_entropy", _backward_with_entropy, setup_context=_setup)
 
 
-class _TokenLogProbsInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, tokens, temperature):
-        log_probs, logsumexp = ops.token_log_probs(logits, tokens, temperature)
-        ctx.save_for_backward(logits, tokens, logsumexp)
-        ctx.temperature = temperature
-        return log_probs
+class _InPlace(torch.autograd.Function):
+    """Either op with the gradient written over the logits."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_log_probs):
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        logits, tokens, logsumexp = ctx.saved_tensors
-        return _overwrite(
-            logits, ops.token_log_probs_backward_, grad_log_probs, logits, tokens, logsumexp, ctx.temperature
-        )
-
-
-class _TokenLogProbsAndEntropyInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, tokens, temperature):
-        log_probs, entropy, logsumexp = ops.token_log_probs_and_entropy(logits, tokens, temperature)
-        ctx.save_for_backward(logits, tokens, logsumexp, entropy)
-        ctx.temperature = temperature
-        return log_probs, entropy
+    def forward(ctx, op, backward, logits, tokens, temperature):
+        *results, logsumexp = op(logits, tokens, temperature)
+        ctx.save_for_backward(logits, tokens, logsumexp, *results[1:])
+        ctx.op, ctx.temperature = backward, temperature
+        return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_log_probs, grad_entropy):
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
+    @check.once_differentiable
+    def backward(ctx, *grads):
         logits, *saved = ctx.saved_tensors
-        op = ops.token_log_probs_and_entropy_backward_
-        return _overwrite(logits, op, grad_log_probs, grad_entropy, logits, *saved, ctx.temperature)
-
-
-def _overwrite(logits: Tensor, op, *args) -> tuple[Tensor, None, None]:
-    logits = logits.detach()
-    op(*args)
-    # Whoever else saved these logits for a backward pass, or runs this one twice, gets torch's error and not garbage.
-    torch.autograd.graph.increment_version(logits)
-    return logits, None, None
+        logits = logits.detach()
+        ctx.op(*grads, logits, *saved, ctx.temperature)
+        # Whoever else saved these logits for a backward pass, or runs this one twice, gets torch's error, not garbage.
+        torch.autograd.graph.increment_version(logits)
+        return None, None, logits, None, None
 
 
 # Shapes.

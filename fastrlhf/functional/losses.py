@@ -1,4 +1,9 @@
-"""The losses of PPO and of reward models. Loss, gradients and statistics come out of the same pass over the tokens."""
+"""The losses of PPO and of reward models. Loss, gradients and statistics come out of the same pass over the tokens.
+
+Reverse mode only, once: forward-mode AD and double backward raise NotImplementedError. Under torch.compile a new value
+of a Python-number option (a coefficient, a clip) recompiles, because torch takes the floats of custom ops as constants;
+`denominator` does not.
+"""
 
 from typing import NamedTuple
 
@@ -79,7 +84,8 @@ def ppo_loss(
         arXiv:2507.18071, equation 7).
     weights: the same shape, multiply each token's clipped surrogate (importance weights of a rollout mismatch).
     advantage_stats: [2], mean and 1/std: advantages become (A - mean) / std on the way in.
-    entropy, ref_log_probs: the same shape; the loss gets - entropy_coef H and + kl_coef KL, see `kl_divergence`.
+    entropy, ref_log_probs: the same shape; the loss gets - entropy_coef H and + kl_coef KL, see `kl_divergence`. With a
+        coefficient of 0 they are only reported in the stats, and even inf and nan change neither loss nor gradient.
     aggregation: "token-mean": sum over tokens / tokens; "seq-mean-token-sum": sum over tokens / sequences;
         "seq-mean-token-mean": mean over each sequence's tokens, then sum / sequences. Sequences without a token that
         counts do not count.
@@ -107,6 +113,7 @@ def ppo_loss(
         check.same_device("advantage_stats", advantage_stats, "log_probs", log_probs)
         if advantage_stats.shape[0] != 2:
             raise ValueError(f"advantage_stats: got shape {tuple(advantage_stats.shape)}, wanted (2,): mean and 1/std")
+    entropy_coef, kl_coef = check.number("entropy_coef", entropy_coef), check.number("kl_coef", kl_coef)
     if entropy is None and entropy_coef:
         raise ValueError(f"entropy: got None, wanted a tensor, because entropy_coef={entropy_coef}")
     if ref_log_probs is None and kl_coef:
@@ -129,8 +136,8 @@ def ppo_loss(
         check.number("clip_high", clip_high, least=0.0),
         check.limit("dual_clip", dual_clip, above=1.0),
         check.limit("log_ratio_clamp", log_ratio_clamp),
-        check.number("entropy_coef", entropy_coef),
-        check.number("kl_coef", kl_coef),
+        entropy_coef,
+        kl_coef,
         check.option("kl_estimator", kl_estimator, KL_ESTIMATORS),
         sequence_ratio,
         aggregation_index,
@@ -231,15 +238,18 @@ def _scaled(ctx, grad, input_index: int, saved_index: int) -> Tensor | None:
     return grad * ctx.saved_tensors[saved_index]
 
 
+@check.once_differentiable
 def _ppo_backward(ctx, grad, *_):
     entropy_grad = _scaled(ctx, grad, 6, 1)
     return _scaled(ctx, grad, 0, 0), *[None] * 5, entropy_grad, *[None] * 12
 
 
+@check.once_differentiable
 def _value_backward(ctx, grad, *_):
     return _scaled(ctx, grad, 0, 0), *[None] * 7
 
 
+@check.once_differentiable
 def _pairwise_backward(ctx, grad, *_):
     return _scaled(ctx, grad, 0, 0), _scaled(ctx, grad, 1, 1), None, None, None
 

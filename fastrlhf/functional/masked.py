@@ -13,12 +13,14 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean over the positions where mask is 1; 0 where there are none.
 
     x: [...], fp32, bf16 or fp16. mask: the same shape. dim: one dimension, or all of them.
-    Returns a scalar, or x's shape without `dim`; fp32, with gradient to x. Raises ValueError.
+    Returns a scalar, or x's shape without `dim`; fp32, with gradient to x, in reverse mode. Raises ValueError.
     """
     check.tensor("x", x)
     mask = check.mask("mask", mask, "x", x)
     if dim is None:
         return ops.masked_mean(x.float().reshape(1, -1), mask.reshape(1, -1))[0].reshape(())
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise ValueError(f"dim: got {dim!r}, wanted one dimension of x as an int, or None")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: got {dim}, wanted a dimension of x, which has shape {tuple(x.shape)}")
     x, mask = x.float().movedim(dim, -1), mask.movedim(dim, -1)
@@ -35,7 +37,7 @@ def masked_whiten(
     x: [...], fp32, bf16 or fp16. mask: the same shape. The statistics are over all positions together.
     shift_mean: False adds the mean back. unbiased: divide the squares by n - 1 (1 if there is one
         position), else by n.
-    Returns x's shape, fp32, with gradient to x. Raises ValueError.
+    Returns x's shape, fp32, with gradient to x: reverse mode only, once. Raises ValueError.
     """
     check.tensor("x", x)
     mask = check.mask("mask", mask, "x", x)
@@ -59,6 +61,7 @@ def _whiten_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@check.once_differentiable
 def _whiten_backward(ctx, grad, _grad_stats):
     mask, whitened, stats = ctx.saved_tensors
     mean, rstd, count = stats.unbind()

@@ -90,7 +90,7 @@ void ppo_unit(const PpoArgs& a, int64_t unit) {
     if (a.ref_log_probs != nullptr) {
       const auto e = kl_estimate(log_prob - load_kept(a.ref_log_probs + j, keep, n), a.kl_estimator);
       add(s.kl, select(keep, e.value, zero));
-      slope = fma(Vec(a.kl_coef), e.slope, slope);
+      if (a.kl_coef != 0.0f) slope = fma(Vec(a.kl_coef), e.slope, slope);  // 0 * inf would be a nan
     }
     if (a.entropy != nullptr) add(s.entropy, load_kept(a.entropy + j, keep, n));
     if (a.grad_log_probs != nullptr) store_first(a.grad_log_probs + j, select(keep, slope * scale, zero), n);

@@ -14,9 +14,7 @@ void moments(const MomentsArgs& a, int64_t begin, int64_t end) {
     const Span span = span_of(a.units, unit);
     const float* x = a.x + span.start;
     const uint8_t* mask = a.mask + span.start;
-    int64_t count_so_far = 0;
-    for (int64_t i = 0; i < span.length; ++i) count_so_far += mask[i] != 0;
-    a.result[unit] = moments_of(span.length, count_so_far, mask, [&](int64_t i, int n) {
+    a.result[unit] = moments_of(span.length, count_kept(mask, span.length), mask, [&](int64_t i, int n) {
       return load_first(x + i, n, 0.0f);
     });
   }

@@ -1,20 +1,10 @@
-// Where a unit of `Units` lies in memory, for the kernels. See ../kernels.h.
+// How the kernels go through a unit of `Units`, and add it up. See ../kernels.h.
 #pragma once
 
 #include "../kernels.h"
 
 namespace fastrlhf {
 namespace FASTRLHF_CAPABILITY {
-
-struct Span {
-  int64_t start, length;
-};
-
-FASTRLHF_INLINE Span span_of(const Units& units, int64_t unit) {
-  const int64_t row = unit / units.per_row, column = unit % units.per_row * units.length;
-  const int64_t rest = units.columns - column;
-  return {row * units.columns + column, rest < units.length ? rest : units.length};
-}
 
 // fp32 lanes are emptied into doubles this often (in elements): long sums stay as exact as torch's pairwise ones.
 constexpr int64_t kFlush = 32 * kWidth;
