@@ -6,6 +6,7 @@ time (csrc/cpu/capability.cpp). Nothing here depends on the machine that builds,
 
 import os
 import platform
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +40,9 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "
 CAPABILITIES = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CAPABILITIES["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    # -Wno-maybe-uninitialized: GCC 12 warns about the undefined lanes inside its own avx512fintrin.h.
+    # -Wno-*uninitialized: GCC 12 warns about the undefined lanes inside its own avx512fintrin.h.
     CAPABILITIES["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    CAPABILITIES["avx512"].append("-Wno-maybe-uninitialized")
+    CAPABILITIES["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 def stop(what: str, remedy: str):
@@ -62,9 +63,11 @@ def torch_folder() -> Path:
             "install torch >= 2.10 first (https://pytorch.org/get-started), then `pip install --no-build-isolation .`",
         )
     folder = Path(spec.origin).parent
-    if not (folder / "include/torch/csrc/stable/library.h").exists():
+    # By version: the headers of the stable ABI are older than what is used of them here.
+    version = re.search(r"__version__\s*(?::.*?)?=\s*['\"]((\d+)\.(\d+)[^'\"]*)", (folder / "version.py").read_text())
+    if version is None or (int(version[2]), int(version[3])) < (2, 10):
         stop(
-            f"the torch in {folder} has no stable ABI headers.",
+            f"the torch in {folder} is {version[1] if version else 'of unknown version'}, older than 2.10.",
             "upgrade to torch >= 2.10 (`pip install --upgrade torch`).",
         )
     return folder
@@ -108,14 +111,17 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [o for some in pool.map(compile_one, jobs) for o in some]
+        # Linked beside its place and moved there: a process that has the old file mapped keeps it whole.
+        target = self.get_ext_fullpath(ext.name)
         compiler.link_shared_object(
             objects,
-            self.get_ext_fullpath(ext.name),
+            f"{target}.new",
             libraries=["torch", "torch_cpu", "c10"],
             library_dirs=[str(torch / "lib")],
             build_temp=self.build_temp,
             target_lang="c++",
         )
+        os.replace(f"{target}.new", target)
 
 
 setup(
