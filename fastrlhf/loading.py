@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,13 +22,27 @@ logger = logging.getLogger(__name__)
 
 def _load(auto_class: Any, argument: str, name: str, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(name, **options)
+        loaded = auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         kind = "a local folder" if os.path.isdir(name) else "neither a local folder nor a model the hub gave"
         raise OSError(
             f"{argument}={name!r} could not be loaded with {auto_class.__name__}: it is {kind}. Check the spelling, "
             f"that the folder holds a config.json and weights, and the access to the hub. Cause: {error}"
         ) from error
+    return _merged(auto_class, name, options) if getattr(loaded, "_hf_peft_config_loaded", False) else loaded
+
+
+def _merged(auto_class: Any, name: str, options: dict[str, Any]) -> nn.Module:
+    """The model of a folder of adapters with these merged into its weights: as transformers load it, all is frozen."""
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+    classes = {
+        AutoModelForCausalLM: AutoPeftModelForCausalLM,
+        AutoModelForSequenceClassification: AutoPeftModelForSequenceClassification,
+    }
+    model = classes[auto_class].from_pretrained(name, **options).merge_and_unload()
+    model.config._name_or_path = name
+    return model.requires_grad_(True)
 
 
 def load_causal_lm(model: str | nn.Module, argument: str = "model", **options: Any) -> nn.Module:
@@ -103,7 +119,20 @@ def with_adapter(model: nn.Module, peft_config: Any | None) -> nn.Module:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: with it, the log-probs of rollout and update would differ at the same weights."""
+    """Set every dropout to 0: with it, the log-probs of rollout and update would differ at the same weights.
+
+    Modules of torch hold it as `p`; those of transformers also as numbers such as `attention_dropout` or `resid_pdrop`.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
+
+
+def prepare_eval(dataset: Any | None, prepare: Callable[[Dataset], Dataset]) -> Any | None:
+    """An evaluation set, or a dictionary of them by name, prepared; None stays None."""
+    if isinstance(dataset, dict):
+        return {name: prepare(part) for name, part in dataset.items()}
+    return None if dataset is None else prepare(dataset)

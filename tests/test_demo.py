@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
-from tiny import save_tiny_model
+from tiny import CHAT, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from fastrlhf import demo
@@ -60,10 +61,41 @@ class TestData:
         assert first.pairs["chosen"] == second.pairs["chosen"] != other.pairs["chosen"]
 
     def test_preferences_need_their_columns(self):
-        from datasets import Dataset
+        with pytest.raises(ValueError, match=r"dataset: columns \['text'\]; the demo wants `chosen` and `rejected`"):
+            split_preferences(Dataset.from_dict({"text": ["a"]}), tiny_tokenizer(), QUICK)
 
-        with pytest.raises(ValueError, match=r"dataset: columns \['text'\] and 1 rows"):
-            split_preferences(Dataset.from_dict({"text": ["a"]}), QUICK)
+    def test_too_few_preferences(self):
+        rows = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+        with pytest.raises(ValueError, match="1 usable rows of 1; the demo wants at least"):
+            split_preferences(rows, tiny_tokenizer(), QUICK)
+
+    @pytest.mark.parametrize("layout", ["columns", "transcripts", "conversations"])
+    def test_preferences_of_every_layout_become_texts(self, layout):
+        rows = []
+        for i in range(500):
+            if layout == "columns":
+                rows.append({"prompt": f"film {i}", "chosen": " good", "rejected": " bad"})
+            elif layout == "transcripts":
+                head = f"\n\nHuman: film {i}\n\nAssistant:"
+                rows.append({"chosen": head + " good", "rejected": head + " bad"})
+            else:
+                said = {"role": "user", "content": f"film {i}"}
+                answers = [{"role": "assistant", "content": word} for word in ("good", "bad")]
+                rows.append({"chosen": [said, answers[0]], "rejected": [said, answers[1]]})
+        data = split_preferences(Dataset.from_list(rows), tiny_tokenizer(CHAT), QUICK)
+        assert "film" in data.texts[0]["prompt"]
+        assert "good" in data.texts[0]["chosen"]
+        assert "bad" in data.pairs[0]["rejected"]
+        parts = [data.texts, data.pairs, data.gold_pairs, data.prompts, data.eval_prompts]
+        prompts = [prompt for part in parts for prompt in part["prompt"]]
+        assert len(set(prompts)) == len(prompts), "no prompt stands in two parts"
+
+    def test_long_preferences_are_left_out(self):
+        rows = {"prompt": [f"film {i}" for i in range(500)], "chosen": [" good"] * 500, "rejected": [" bad"] * 500}
+        rows["chosen"][7] = " good" * 600
+        data = split_preferences(Dataset.from_dict(rows), tiny_tokenizer(), QUICK)
+        parts = [data.texts, data.pairs, data.gold_pairs, data.prompts, data.eval_prompts]
+        assert not any("film 7" in part["prompt"] for part in parts)
 
 
 class TestAssets:
@@ -161,7 +193,7 @@ def test_the_whole_demo_on_a_tiny_model_interrupted_once(tmp_path, monkeypatch):
     data = tmp_path / "pairs.jsonl"
     with open(data, "w") as file:
         for _ in range(500):
-            prompt = " ".join(rng.choices(words, k=3))
+            prompt = " ".join(rng.choices(words, k=5))
             row = {"prompt": prompt, "chosen": " good good", "rejected": " bad " + rng.choice(words)}
             file.write(json.dumps(row) + "\n")
     args = DemoArguments(

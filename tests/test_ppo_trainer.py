@@ -8,9 +8,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import save_tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from fastrlhf.rewards import RewardError
+from fastrlhf.rollout import Rollout
 from fastrlhf.trainers import PPOConfig, PPOTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": ["the good", "a bad film", "so", "Human: hi"] * 4, "weight": [1.0, 2.0] * 8})
@@ -66,6 +68,21 @@ class TestFirstStep:
     def test_lora(self, tmp_path):
         self.check(first_log(trainer(tmp_path, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"))))
 
+    def test_autocast(self, tmp_path):
+        self.check(first_log(trainer(tmp_path, bf16=True, use_cpu=True)))
+
+    def test_dropout_outside_of_modules(self, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        self.check(first_log(trainer(tmp_path, model=model)))
+
+    def test_lora_dropout(self, tmp_path):
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False)
+        log = first_log(trainer(tmp_path, peft_config=config))
+        assert log["val/ratio"] == 1.0
+        assert log["policy/approxkl_avg"] == 0.0
+
     def test_separate_value_model(self, tmp_path):
         value_model = save_tiny_model(tmp_path / "value", reward=True)
         self.check(first_log(trainer(tmp_path, value_model=value_model)))
@@ -76,6 +93,28 @@ class TestFirstStep:
     def test_pad_equal_to_eos(self, tmp_path):
         tokenizer = tiny_tokenizer(pad_is_eos=True)
         self.check(first_log(trainer(tmp_path, processing_class=tokenizer)))
+
+
+def test_the_models_generation_config_does_not_leak_into_sampling(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    ours = trainer(tmp_path, model=model)
+    prompts = [row["prompt_ids"] for row in list(ours.train_dataset)[:8]]
+    torch.manual_seed(0)
+    plain = ours.engine.generate(prompts, ours.sampling)
+    model.generation_config.repetition_penalty = 1000.0
+    model.generation_config.min_new_tokens = 6
+    torch.manual_seed(0)
+    assert ours.engine.generate(prompts, ours.sampling).responses == plain.responses
+    assert model.generation_config.repetition_penalty == 1000.0
+
+
+def test_text_keeps_the_space_between_prompt_and_response():
+    """Decoders of the SentencePiece kind drop the space before a text's first word."""
+    words = Tokenizer(models.WordLevel({"▁the": 0, "▁film": 1, "▁was": 2, "▁good": 3}, unk_token="▁the"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert Rollout([[0, 1]], [[2, 3]], [False]).texts(tokenizer) == [" was good"]
 
 
 def test_only_response_tokens_reach_the_lm_head(tmp_path):
@@ -209,6 +248,64 @@ def test_evaluate(tmp_path):
     assert math.isfinite(metrics["eval_objective/scores"])
 
 
+def test_evaluation_by_steps_and_the_best_model(tmp_path):
+    scores = iter([0.0, 5.0, 1.0])  # of the evaluations
+
+    def judge(prompts, completions, part, **columns):
+        return [next(scores)] * len(prompts) if part[0] == "eval" else count_letters(prompts, completions)
+
+    parts = {name: Dataset.from_dict({"prompt": PROMPTS["prompt"], "part": [name] * 16}) for name in ("train", "eval")}
+    ours = trainer(
+        tmp_path,
+        judge,
+        train_dataset=parts["train"],
+        eval_dataset=parts["eval"],
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        logging_steps=2,
+        learning_rate=1e-2,
+        load_best_model_at_end=True,
+        metric_for_best_model="objective/scores",
+        greater_is_better=True,
+    )
+    ours.train()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    for mine, theirs in zip(ours.scorer.model.parameters(), best.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    evaluations = [record for record in ours.state.log_history if "eval_objective/scores" in record]
+    assert [record["eval_objective/scores"] for record in evaluations] == [0, 5, 1]
+    assert not any(name.startswith(("loss", "policy", "objective")) for name in evaluations[0])
+
+
+def test_evaluation_of_several_sets_and_of_raw_prompts(tmp_path):
+    ours = trainer(tmp_path, eval_dataset={"a": PROMPTS.select(range(4)), "b": PROMPTS.select(range(2))})
+    assert {"eval_a_objective/kl", "eval_b_objective/kl"} <= ours.evaluate().keys()
+    assert "test_objective/kl" in ours.evaluate(PROMPTS.select(range(4)), metric_key_prefix="test")
+
+
+def test_lora_folders_are_merged_and_trained_on(tmp_path):
+    first = trainer(tmp_path, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    first.save_model()
+    second = trainer(tmp_path, model=str(tmp_path / "out"), max_steps=2, learning_rate=1e-2)
+    assert all(p.requires_grad for p in second.scorer.model.parameters())
+    tokens = torch.tensor([[5, 6, 7]])
+    first.scorer.model.eval()
+    torch.testing.assert_close(second.scorer.model(tokens).logits, first.scorer.model(tokens).logits)
+
+
+def test_the_seed_decides_on_what_is_new(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    adapters = []
+    for noise in range(2):
+        torch.manual_seed(noise)
+        ours = trainer(tmp_path, model=folder, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"))
+        adapters.append([p.detach().clone() for n, p in ours.model.named_parameters() if "lora_A" in n])
+    assert all(torch.equal(a, b) for a, b in zip(*adapters, strict=True))
+
+
 class TestWhenThingsGoWrong:
     def test_a_nan_reward_keeps_what_was_trained(self, tmp_path):
         calls = []
@@ -250,6 +347,43 @@ class TestWhenThingsGoWrong:
         ours = trainer(tmp_path, **options)
         ours.train(resume_from_checkpoint=True)
         assert ours.state.global_step == 2
+
+    def test_a_finished_run_is_not_trained_further(self, tmp_path):
+        options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        trainer(tmp_path, **options).train()
+        again = trainer(tmp_path, **options)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 1
+        assert not (tmp_path / "out" / "checkpoint-2").exists()
+
+    def test_an_error_after_saving_does_not_cost_the_checkpoint(self, tmp_path, monkeypatch):
+        def denied(*args, **kwargs):
+            raise PermissionError("rotation")
+
+        monkeypatch.setattr("transformers.trainer.rotate_checkpoints", denied)
+        with pytest.raises(PermissionError):
+            trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+        assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").exists()
+
+    def test_one_model_in_two_roles(self, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+        with pytest.raises(ValueError, match="ref_model is the same object as model"):
+            trainer(tmp_path, model=model, ref_model=model)
+        value = AutoModelForSequenceClassification.from_pretrained(save_tiny_model(tmp_path / "value", reward=True))
+        with pytest.raises(ValueError, match="reward_funcs holds the same object as value_model"):
+            trainer(tmp_path, [value], model=model, value_model=value)
+
+    def test_responses_beyond_the_context(self, tmp_path):
+        with pytest.raises(ValueError, match="max_position_embeddings=512"):
+            trainer(tmp_path, response_length=510)
+
+    def test_fp16_weights(self, tmp_path):
+        with pytest.raises(ValueError, match="fp16 weights cannot be trained"):
+            trainer(tmp_path, model_init_kwargs={"dtype": torch.float16})
+
+    def test_no_evaluation_set(self, tmp_path):
+        with pytest.raises(ValueError, match="eval_dataset: none was given"):
+            trainer(tmp_path).evaluate()
 
     def test_no_checkpoint_to_resume_from(self, tmp_path):
         with pytest.raises(ValueError, match="holds no complete checkpoint"):

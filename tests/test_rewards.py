@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from tiny import save_tiny_model, tiny_tokenizer
+from datasets import Dataset
+from tiny import CHAT, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
+from fastrlhf.data import prepare_preferences
 from fastrlhf.rewards import (
     RewardError,
     RewardModel,
@@ -33,6 +36,10 @@ class TestRewards:
         assert total.tolist() == [2 * 2 + 5, 2 * 3 + 10]
         assert {name: values.tolist() for name, values in each.items()} == {"length": [2, 3], "constant": [10, 20]}
 
+    def test_numpy_arrays_and_tensors(self):
+        for values in (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
+            assert Rewards(lambda prompts, completions, v=values: v)(["a", "b"], ["x", "y"], {})[0].tolist() == [1, 2]
+
     def test_functions_of_one_name_are_told_apart(self):
         assert Rewards([length, length]).names == ["length_0", "length_1"]
 
@@ -42,6 +49,7 @@ class TestRewards:
             ([1.0], "returned 1 rewards for 2 completions"),
             ([1.0, math.nan], "returned nan for completion 1"),
             ([math.inf, 1.0], "returned inf for completion 0"),
+            ([1.0, 1e300], r"returned 1e\+300 for completion 1"),
             ([1.0, "good"], r"returned 'good' \(str\) for completion 1, a number is wanted"),
             ([None, 1.0], "returned None"),
             (3.0, "returned float, a list of 2 numbers"),
@@ -77,7 +85,7 @@ class TestRewards:
 class TestRewardModel:
     def test_scores_are_the_models_own_on_text_with_eos(self, tmp_path):
         folder = save_tiny_model(tmp_path, reward=True)
-        scored = RewardModel(folder, batch_size=2)(["the ", "a", ""], ["good film", " bad one and then some", "x"])
+        scored = RewardModel(folder, batch_size=2)(["the", "a", ""], [" good film", " bad one and then some", "x"])
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         tokenizer = tiny_tokenizer(pad_is_eos=False)
         for text, score in zip(["the good film", "a bad one and then some", "x"], scored, strict=True):
@@ -94,8 +102,28 @@ class TestRewardModel:
         assert tokenizer.pad_token == "<|im_end|>", "the caller's tokenizer is left as it was"
 
     def test_too_long(self, tmp_path):
-        with pytest.raises(ValueError, match="max_length=4 of the reward model"):
-            RewardModel(save_tiny_model(tmp_path, reward=True), max_length=4)(["a long prompt"], [" and more"])
+        with pytest.raises(ValueError, match="the reward model takes 512 tokens"):
+            RewardModel(save_tiny_model(tmp_path, reward=True))(["a long prompt"], [" and more" * 300])
+
+    @pytest.mark.parametrize("conversation", [False, True])
+    def test_it_reads_the_tokens_that_the_reward_trainer_read(self, tmp_path, conversation):
+        prompt, chosen, rejected = "the g", "ood film", "x"
+        if conversation:
+            prompt = [{"role": "user", "content": prompt}]
+            chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+        reward_model = RewardModel(save_tiny_model(tmp_path, reward=True, chat=CHAT))
+        seen = []
+        reward_model.model.register_forward_pre_hook(
+            lambda module, args, inputs: seen.append(inputs["input_ids"][0].tolist()), with_kwargs=True
+        )
+        reward_model([prompt], [chosen])
+        rows = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+        assert seen == [prepare_preferences(rows, tiny_tokenizer(CHAT), 512)[0]["chosen_ids"]]
+
+    def test_models_as_objects_bring_their_own_tokenizer(self, tmp_path):
+        model = AutoModelForSequenceClassification.from_pretrained(save_tiny_model(tmp_path, reward=True))
+        rewards = Rewards(model, processing_class=tiny_tokenizer(bos=True))
+        assert rewards.funcs[0].tokenizer.name_or_path == str(tmp_path)
 
     def test_half_precision_scores_are_fp32(self, tmp_path):
         folder = save_tiny_model(tmp_path, reward=True)

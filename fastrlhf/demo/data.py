@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass
 from itertools import pairwise
 
 from datasets import Dataset
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.data import load_data
+from fastrlhf.data.cells import last_assistant_turn, split_transcript
+from fastrlhf.data.encode import Encoder
 from fastrlhf.demo.assets import RatedText, cache_folder, rated_snippets, smollm2
 from fastrlhf.demo.recipe import DemoArguments, Recipe
+from fastrlhf.loading import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Pairs are made of texts whose mean human ratings differ by at least this much.
 RATING_GAP = 1.0
 # Of the snippets, for SFT, reward model, gold judge, held-out pairs and prompts.
 SHARES = (0.19, 0.33, 0.33, 0.05, 0.10)
-ANTHROPIC_TURN = "\n\nAssistant:"
 
 
 @dataclass
@@ -41,7 +47,7 @@ def load_demo_data(args: DemoArguments, recipe: Recipe, console: Console) -> tup
         model = smollm2(cache, args.offline) if args.model == "smollm2" else args.model
         if args.dataset == "snippets":
             return split_snippets(rated_snippets(cache, args.offline), recipe), model
-        return split_preferences(load_data(args.dataset), recipe), model
+        return split_preferences(load_data(args.dataset), load_tokenizer(model, "model"), recipe), model
 
 
 def split_snippets(snippets: list[RatedText], recipe: Recipe) -> DemoData:
@@ -97,35 +103,51 @@ def random_pairs(snippets: list[RatedText], count: int, rng: random.Random) -> D
     return Dataset.from_dict({"chosen": [pair[0] for pair in pairs], "rejected": [pair[1] for pair in pairs]})
 
 
-def split_preferences(dataset: Dataset, recipe: Recipe) -> DemoData:
-    """The same parts from a preference data set: `chosen` and `rejected`, and `prompt` or hh-rlhf's transcripts."""
+def split_preferences(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> DemoData:
+    """The same parts, a fifth each, from a preference data set in any layout of fastrlhf.data, as plain texts.
+
+    Rows longer than `recipe.max_length` tokens are left out, and how many is said.
+    """
+    rows = _as_texts(dataset, tokenizer)
+    rows = [row for row in rows if len(tokenizer(row["whole"])["input_ids"]) < recipe.max_length]
+    if len(rows) < len(dataset):
+        dropped = len(dataset) - len(rows)
+        logger.warning("%d of %d rows are longer than %d tokens; left out", dropped, len(dataset), recipe.max_length)
     needed = 5 * (recipe.eval_prompts + recipe.rollout_batch_size)
-    if not {"chosen", "rejected"} <= set(dataset.column_names) or len(dataset) < needed:
-        raise ValueError(
-            f"dataset: columns {dataset.column_names} and {len(dataset)} rows; the demo wants `chosen` and `rejected` "
-            f"and at least {needed} rows"
-        )
-    dataset = dataset.shuffle(seed=recipe.seed)
-    fifth = len(dataset) // 5
-    texts, pairs, gold, held_out, rest = (dataset.select(range(i * fifth, (i + 1) * fifth)) for i in range(5))
-    has_prompt = "prompt" in dataset.column_names
-    preference = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
+    if len(rows) < needed:
+        raise ValueError(f"dataset: {len(rows)} usable rows of {len(dataset)}; the demo wants at least {needed}")
+    random.Random(recipe.seed).shuffle(rows)
+    fifth = len(rows) // 5
+    texts, pairs, gold, held_out, rest = (rows[i * fifth : (i + 1) * fifth] for i in range(5))
+    prompts = list(dict.fromkeys(row["prompt"] for row in rest))
 
-    def prompt(row: dict) -> dict:
-        if has_prompt:
-            return {"prompt": row["prompt"]}
-        head, turn, _ = row["chosen"].rpartition(ANTHROPIC_TURN)
-        return {"prompt": head + turn}
+    def columns(part: list[dict[str, str]], *names: str) -> Dataset:
+        return Dataset.from_list([{name: row[name] for name in names} for row in part])
 
-    def text(row: dict) -> dict:
-        return {"prompt": row["prompt"], "completion": row["chosen"]} if has_prompt else {"text": row["chosen"]}
-
-    prompts = rest.map(prompt, remove_columns=rest.column_names)
     return DemoData(
-        texts=texts.map(text, remove_columns=texts.column_names),
-        pairs=pairs.select_columns(preference),
-        gold_pairs=gold.select_columns(preference),
-        held_out_pairs=held_out.select(range(min(recipe.eval_pairs, fifth))).select_columns(preference),
-        prompts=prompts.select(range(recipe.eval_prompts, len(prompts))),
-        eval_prompts=prompts.select(range(recipe.eval_prompts)),
+        texts=columns(texts, "prompt", "chosen"),
+        pairs=columns(pairs, "prompt", "chosen", "rejected"),
+        gold_pairs=columns(gold, "prompt", "chosen", "rejected"),
+        held_out_pairs=columns(held_out[: recipe.eval_pairs], "prompt", "chosen", "rejected"),
+        prompts=Dataset.from_dict({"prompt": prompts[recipe.eval_prompts :]}),
+        eval_prompts=Dataset.from_dict({"prompt": prompts[: recipe.eval_prompts]}),
     )
+
+
+def _as_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """Rows as plain strings `prompt`, `chosen`, `rejected`, and `whole`: the longer answer with its prompt."""
+    if not {"chosen", "rejected"} <= set(dataset.column_names):
+        raise ValueError(f"dataset: columns {dataset.column_names}; the demo wants `chosen` and `rejected`")
+    encoder, rows = Encoder(tokenizer), []
+    for number, row in enumerate(dataset):
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        if prompt is None and isinstance(chosen, str):
+            prompt, chosen = split_transcript(chosen, "chosen", number)
+            rejected = split_transcript(rejected, "rejected", number)[1]
+        elif prompt is None:
+            turn = last_assistant_turn(chosen, "chosen", number)
+            prompt, chosen, rejected = chosen[:turn], chosen[turn:], rejected[turn:]
+        good, bad = (encoder.render(prompt, answer, number) for answer in (chosen, rejected))
+        row = {"prompt": good.prompt, **{n: r.whole[len(r.prompt) :] for n, r in (("chosen", good), ("rejected", bad))}}
+        rows.append({**row, "whole": max(good.whole, bad.whole, key=len)})
+    return rows

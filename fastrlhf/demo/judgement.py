@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fastrlhf.batching import score_responses
 from fastrlhf.demo.data import DemoData
 from fastrlhf.demo.recipe import Recipe
+from fastrlhf.demo.stages import model_options
 from fastrlhf.demo.workspace import Workspace
 from fastrlhf.rewards import RewardModel
 from fastrlhf.rollout import Rollout, SamplingParams, TransformersEngine
@@ -32,22 +33,27 @@ def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> di
     sampling = SamplingParams(recipe.response_length)
     rollouts, texts = {}, {}
     log_probs: dict[str, torch.Tensor] = {}
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", model_options()["dtype"]
+
+    def load(policy: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(workspace.stage_folder(policy), dtype=dtype).eval().to(device)
+
     for policy in ("sft", "ppo"):
-        model = AutoModelForCausalLM.from_pretrained(workspace.stage_folder(policy), dtype=torch.bfloat16).eval()
+        model = load(policy)
         torch.manual_seed(recipe.seed + 1)
         rollouts[policy] = TransformersEngine(model, tokenizer).generate(prompt_ids, sampling)
-        texts[policy] = tokenizer.batch_decode(rollouts[policy].responses, skip_special_tokens=True)
+        texts[policy] = rollouts[policy].texts(tokenizer)
         if policy == "ppo":
             log_probs["ppo"] = response_log_probs(model, rollouts["ppo"], tokenizer.pad_token_id)
         del model
-    reference = AutoModelForCausalLM.from_pretrained(workspace.stage_folder("sft"), dtype=torch.bfloat16).eval()
+    reference = load("sft")
     log_probs["sft"] = response_log_probs(reference, rollouts["ppo"], tokenizer.pad_token_id)
     kl = log_probs["ppo"] - log_probs["sft"]
     del reference
     gc.collect()
 
-    gold = RewardModel(workspace.stage_folder("gold"), dtype=torch.bfloat16)
-    proxy = RewardModel(workspace.stage_folder("reward_model"), dtype=torch.bfloat16)
+    gold = RewardModel(workspace.stage_folder("gold"), dtype=dtype).to(device)
+    proxy = RewardModel(workspace.stage_folder("reward_model"), dtype=dtype).to(device)
     vader = vader_score()
     judges: dict[str, Callable[..., list[float]]] = {"gold": gold, "proxy": proxy, "vader": vader}
     scores = {p: {j: torch.tensor(score(prompts, texts[p])) for j, score in judges.items()} for p in texts}
@@ -87,8 +93,9 @@ def response_log_probs(
     order = sorted(range(len(rollout)), key=lambda i: len(rollout.responses[i]))
     for start in range(0, len(order), batch_size):
         batch = score_responses(rollout.prompts, rollout.responses, order[start : start + batch_size], pad_token_id)
-        log_probs, _ = scorer(batch.input_ids, batch.positions, batch.tokens)
-        total.index_add_(0, batch.rows, log_probs)
+        on_device = batch.to(scorer.device)
+        log_probs, _ = scorer(on_device.input_ids, on_device.positions, on_device.tokens)
+        total.index_add_(0, batch.rows, log_probs.cpu())
     return total
 
 

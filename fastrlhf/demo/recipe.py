@@ -13,6 +13,7 @@ class Recipe:
     seed: int = 0
     prompt_words: int = 4
     response_length: int = 24
+    max_length: int = 512
     eval_prompts: int = 256
     eval_pairs: int = 1000
     # SFT
@@ -79,4 +80,6 @@ class DemoArguments:
             self.output_dir = "runs/demo-quick" if self.quick else "runs/demo"
 
     def recipe(self) -> Recipe:
-        return replace(QUICK if self.quick else Recipe(), seed=self.seed)
+        recipe = replace(QUICK if self.quick else Recipe(), seed=self.seed)
+        # Pairs of a data set share no texts, so a step takes fewer; and its answers are longer than snippets.
+        return recipe if self.dataset == "snippets" else replace(recipe, reward_pairs=16, response_length=64)

@@ -21,10 +21,16 @@ from fastrlhf.trainers import (
     last_checkpoint,
 )
 
-# bf16 weights and compute (its GEMMs run more than twice as fast as fp32's on a CPU with avx512_bf16); the optimiser
-# keeps fp32 masters. torch's fused attention has a backward on CPU that is slow for short texts.
-ATTENTION = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
-MODEL_OPTIONS = {"dtype": torch.bfloat16, **ATTENTION}
+
+def model_options() -> dict[str, Any]:
+    """bf16 weights and compute where the processor has bf16 GEMMs, which run more than twice as fast as fp32's; the
+    optimiser keeps fp32 masters. Eager attention on CPU: torch's fused one has a backward that is slow on short texts.
+    """
+    if torch.cuda.is_available():
+        return {"dtype": torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32}
+    found = torch.cpu.get_capabilities()
+    has_bf16 = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return {"dtype": torch.bfloat16 if has_bf16 else torch.float32, "attn_implementation": "eager"}
 
 
 def sft(workspace: Workspace, name: str, base: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
@@ -34,7 +40,7 @@ def sft(workspace: Workspace, name: str, base: str, data: DemoData, recipe: Reci
         per_device_train_batch_size=recipe.sft_batch_size,
         learning_rate=recipe.sft_learning_rate,
     )
-    trainer = SFTTrainer(base, args, data.texts, model_init_kwargs=MODEL_OPTIONS)
+    trainer = SFTTrainer(base, args, data.texts, model_init_kwargs=model_options())
     return _train(workspace, name, trainer)
 
 
@@ -45,11 +51,11 @@ def reward(
         **_common(workspace, name, recipe),
         max_steps=recipe.reward_steps,
         per_device_train_batch_size=recipe.reward_pairs,
-        per_device_eval_batch_size=recipe.eval_pairs,  # one batch: each text is read once
+        per_device_eval_batch_size=4 * recipe.reward_pairs,  # texts that pairs share are read once a batch
         learning_rate=recipe.reward_learning_rate,
         train_sampling_strategy="sequential",  # keeps each block of comparisons together
     )
-    trainer = RewardTrainer(base, args, pairs, eval_dataset=data.held_out_pairs, model_init_kwargs=MODEL_OPTIONS)
+    trainer = RewardTrainer(base, args, pairs, eval_dataset=data.held_out_pairs, model_init_kwargs=model_options())
     results = _train(workspace, name, trainer)
     metrics = trainer.evaluate()
     return {
@@ -78,7 +84,7 @@ def ppo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict
         args,
         reward_funcs=workspace.stage_folder("reward_model"),
         train_dataset=data.prompts,
-        model_init_kwargs=MODEL_OPTIONS,
+        model_init_kwargs=model_options(),
     )
     return _train(workspace, name, trainer)
 
@@ -97,14 +103,13 @@ def _common(workspace: Workspace, name: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _train(workspace: Workspace, name: str, trainer: Trainer) -> dict[str, Any]:
-    """Train from the last checkpoint if there is one, save the model, drop the checkpoints."""
+    """Train from the last checkpoint if there is one, and save the model."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(BarWithMetrics)
     trainer.add_callback(Clock(workspace))
     loss = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir)).training_loss
     trainer.save_model()
-    workspace.drop_checkpoints(name)
     return {"loss": loss}
 
 

@@ -71,6 +71,7 @@ class Workspace:
         self.tick = tick
         record["results"] = run(self, name, *inputs)
         tick()
+        self.drop_checkpoints(name)  # only now: until the results are written, the stage may have to be taken up again
         gc.collect()
         shown = ", ".join(f"{k} {v:.3g}" for k, v in record["results"].items() if isinstance(v, float))
         self.console.print(f"      done in {record['seconds']:.0f} s{': ' + shown if shown else ''}", highlight=False)

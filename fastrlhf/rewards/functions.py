@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrlhf.loading import load_tokenizer
 from fastrlhf.rewards.reward_model import RewardModel
 
+FP32_MAX = torch.finfo(torch.float32).max
 RewardFunction = Callable[..., list[float]]
 
 
@@ -25,7 +26,7 @@ class Rewards:
     reward_funcs: one or a list of callables `f(prompts, completions, **columns) -> list[float]`, sequence
         classification models with one label, or hub ids or folders of such models.
     weights: one a function; 1 each when None.
-    processing_class: tokenizer of the reward models given as objects.
+    processing_class: tokenizer of reward models given as objects that do not know where they came from.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Rewards:
                 values = func(prompts, completions, **columns)
             except Exception as error:
                 raise RewardError(f"reward_funcs: {name} raised {type(error).__name__}: {error}") from error
-            each[name] = torch.tensor(_checked(name, values, completions))
+            each[name] = _checked(name, values, completions)
         total = sum(weight * scores for weight, scores in zip(self.weights, each.values(), strict=True))
         return total, each
 
@@ -74,7 +75,8 @@ def _as_function(func: Any, processing_class: Any | None) -> RewardFunction:
     if isinstance(func, str):
         return RewardModel(func)
     if isinstance(func, nn.Module):
-        return RewardModel(func, processing_class)
+        name = func.config.name_or_path
+        return RewardModel(func, load_tokenizer(name, "reward_funcs") if name else processing_class)
     if callable(func):
         return func
     raise ValueError(f"reward_funcs: {type(func).__name__} is neither a callable, a model, nor the path of one")
@@ -84,8 +86,9 @@ def _distinct(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
-def _checked(name: str, values: Any, completions: list[Any]) -> list[float]:
-    if isinstance(values, Tensor):
+def _checked(name: str, values: Any, completions: list[Any]) -> Tensor:
+    """A function's rewards as a tensor [B] in fp32, where each is finite."""
+    if hasattr(values, "tolist"):  # tensors and numpy arrays
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise RewardError(
@@ -99,9 +102,9 @@ def _checked(name: str, values: Any, completions: list[Any]) -> list[float]:
                 f"reward_funcs: {name} returned {value!r} ({type(value).__name__}) for completion {index}, a number is "
                 "wanted"
             )
-        if not math.isfinite(value):
+        if not abs(value) <= FP32_MAX:
             raise RewardError(
                 f"reward_funcs: {name} returned {value} for completion {index}: {str(completions[index])[:200]!r}. "
                 "Return a finite number for every completion"
             )
-    return [float(value) for value in values]
+    return torch.tensor([float(value) for value in values])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.batching import group_by_length, pad_right
+from fastrlhf.data.encode import Encoder
 from fastrlhf.loading import load_reward_model, load_tokenizer, tokenizer_with_pad
 
 
@@ -38,15 +40,15 @@ class RewardModel:
     """`f(prompts, completions, **columns) -> list[float]` by a sequence classification model with one label.
 
     model: the model, or its hub id or folder. processing_class: its tokenizer; the one beside the model when None.
-    The text of prompt and completion is tokenised by the reward model's own tokenizer and ends with its EOS, as in
-    RewardTrainer; conversations go through its chat template.
+    batch_size: most texts scored at a time. options: for `from_pretrained`, when model is a string.
+    Prompt and completion become the very tokens that RewardTrainer would make of them (fastrlhf.data.encode), EOS
+    included, whether or not the response came to one.
     """
 
     def __init__(
         self,
         model: str | nn.Module,
         processing_class: PreTrainedTokenizerBase | None = None,
-        max_length: int = 4096,
         batch_size: int = 64,
         **options: Any,
     ) -> None:
@@ -54,7 +56,8 @@ class RewardModel:
             processing_class = load_tokenizer(model, "reward_funcs")
         self.model = score_in_fp32(load_reward_model(model, "reward_funcs", **options)).eval().requires_grad_(False)
         self.tokenizer = tokenizer_with_pad(processing_class, self.model, unlike_eos=True)
-        self.max_length = max_length
+        self.encoder = Encoder(self.tokenizer)
+        self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self.batch_size = batch_size
         self.__name__ = "reward_model"
 
@@ -64,7 +67,14 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        sequences = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rendered = [self.encoder.render(p, c, row) for row, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        sequences = [tokens for tokens, _ in self.encoder.texts(rendered)]
+        longest = max(map(len, sequences))
+        if longest > self.max_length:
+            raise ValueError(
+                f"the reward model takes {self.max_length} tokens (max_position_embeddings), a text has {longest}; "
+                "shorten prompts or response_length"
+            )
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = [0.0] * len(sequences)
         for start in range(0, len(order), self.batch_size):
@@ -73,17 +83,3 @@ class RewardModel:
             for index, value in zip(batch, values.tolist(), strict=True):
                 scores[index] = value
         return scores
-
-    def _tokens(self, prompt: Any, completion: Any) -> list[int]:
-        if isinstance(prompt, str):
-            tokens = self.tokenizer(prompt + completion)["input_ids"]
-            if not tokens or tokens[-1] != self.tokenizer.eos_token_id:
-                tokens = [*tokens, self.tokenizer.eos_token_id]
-        else:
-            tokens = self.tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
-        if len(tokens) > self.max_length:
-            raise ValueError(
-                f"max_length={self.max_length} of the reward model is less than a text of {len(tokens)} tokens; raise "
-                "it, or shorten prompts or response_length"
-            )
-        return tokens

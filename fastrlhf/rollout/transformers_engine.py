@@ -50,12 +50,18 @@ class TransformersEngine:
             eos_token_id=eos,
             use_cache=True,
         )
-        training = self.model.training
+        training, own = self.model.training, self.model.generation_config
         self.model.eval()
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=(torch.arange(width, device=device) >= width - lengths).long(),
-            generation_config=config,
-        )
-        self.model.train(training)
+        # generate fills what `config` leaves open from the model's own configuration: a repetition penalty there would
+        # sample from another distribution than the one that log-probs are taken of.
+        self.model.generation_config = GenerationConfig()
+        try:
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=(torch.arange(width, device=device) >= width - lengths).long(),
+                generation_config=config,
+            )
+        finally:
+            self.model.generation_config = own
+            self.model.train(training)
         return [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in output[:, width:].tolist()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Tokens in each response [B], EOS included."""
         return torch.tensor([len(response) for response in self.responses])
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The responses as text, without special tokens, so that prompt + text is the text of both.
+
+        Decoded behind their prompts: tokenizers of the SentencePiece kind drop the space before a text's first word.
+        """
+        texts = []
+        for prompt, response in zip(self.prompts, self.responses, strict=True):
+            before = tokenizer.decode(prompt, skip_special_tokens=True)
+            whole = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
+            whole_fits = whole.startswith(before)
+            texts.append(whole[len(before) :] if whole_fits else tokenizer.decode(response, skip_special_tokens=True))
+        return texts
 
     @property
     def mask(self) -> Tensor:

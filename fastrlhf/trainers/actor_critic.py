@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastrlhf.rewards.reward_model import score_in_fp32
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -31,7 +32,13 @@ class ActorCritic(TokenScorer):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         else:
+            score_in_fp32(value_model)
             _score_head(value_model)
+
+    def activation_checkpointing_enable(self, **options) -> None:
+        super().activation_checkpointing_enable(**options)
+        if self.value_model is not None:
+            self.value_model.activation_checkpointing_enable(**options)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0

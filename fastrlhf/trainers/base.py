@@ -12,8 +12,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastrlhf.trainers.checkpoints import discard_partial, last_checkpoint
-from fastrlhf.trainers.master_weights import HALF, MasterWeights
+from fastrlhf.trainers.checkpoints import discard_partial, is_complete, last_checkpoint
+from fastrlhf.trainers.master_weights import MasterWeights
 from fastrlhf.trainers.metrics import JsonLines
 from fastrlhf.trainers.token_scorer import TokenScorer
 
@@ -22,8 +22,14 @@ class BaseTrainer(Trainer):
     """`transformers.Trainer` with metrics of our own, fp32 master weights and checkpoints that are whole or absent."""
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        _refuse_unsupported(args, kwargs["model"])
         args.remove_unused_columns = False  # the collators name the columns they take
         args.dataloader_pin_memory &= args.device.type != "cpu"
+        # nn.DataParallel would cut batches apart from the positions that point into them.
+        args._n_gpu = min(args.n_gpu, 1)
+        if args.ddp_broadcast_buffers is None:
+            # A broadcast before each forward would hang ranks whose batches fall into different numbers of groups.
+            args.ddp_broadcast_buffers = False
         super().__init__(args=args, **kwargs)
         self.add_callback(JsonLines)
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -31,10 +37,10 @@ class BaseTrainer(Trainer):
     def record(self, **metrics: torch.Tensor) -> None:
         """Keep scalar tensors, on their device, until the next `log` averages and fetches them."""
         for name, value in metrics.items():
-            self._metrics[name].append(value.detach())
+            self._metrics[name].append(value.detach().to(self.args.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._metrics:
+        if self._metrics and ("loss" in logs or "train_loss" in logs):  # not into an evaluation's record
             # One transfer for all metrics of the step.
             means = torch.stack([torch.stack(values).float().mean() for values in self._metrics.values()])
             logs.update(zip(self._metrics, means.tolist(), strict=True))
@@ -43,7 +49,7 @@ class BaseTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         parameters = (self.model if model is None else model).parameters()
-        if self.optimizer is None and any(p.requires_grad and p.dtype in HALF for p in parameters):
+        if self.optimizer is None and any(p.requires_grad and p.dtype == torch.bfloat16 for p in parameters):
             optimizer_cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
             )
@@ -60,12 +66,21 @@ class BaseTrainer(Trainer):
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks at max_steps only after a step: a finished run that is resumed would make one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             output_dir = self._get_output_dir(trial)
             folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if is_complete(folder):  # the error came after the saving: from rotation, or from a push to the hub
+                raise
             raise discard_partial(folder, output_dir, error) from error
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -88,6 +103,20 @@ class ScorerTrainer(BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.scorer.model)
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     @property
     def scorer(self) -> TokenScorer:
         return self.accelerator.unwrap_model(self.model)
+
+
+def _refuse_unsupported(args: TrainingArguments, model: torch.nn.Module) -> None:
+    """Errors for what would train wrongly or not at all."""
+    if args.fsdp or args.deepspeed:
+        raise ValueError("fsdp and deepspeed are not supported yet; use one process, or torchrun without them (DDP)")
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} is not supported, leave it at 0")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype == torch.float16 for p in trained):
+        raise ValueError("model: fp16 weights cannot be trained; load the model with dtype bfloat16 or float32")

@@ -10,17 +10,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """The latest complete checkpoint in `output_dir`, or None.
+def is_complete(folder: str) -> bool:
+    """Whether a checkpoint was written to its end: transformers writes trainer_state.json last."""
+    return os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME))
 
-    transformers writes trainer_state.json last: a folder without it was cut off and does not count.
-    """
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The latest complete checkpoint in `output_dir`, or None."""
     if not os.path.isdir(output_dir):
         return None
     steps = {}
     for name in os.listdir(output_dir):
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name)
-        if match and os.path.isfile(os.path.join(output_dir, name, TRAINER_STATE_NAME)):
+        if match and is_complete(os.path.join(output_dir, name)):
             steps[int(match[1])] = os.path.join(output_dir, name)
     return steps[max(steps)] if steps else None
 

@@ -1,4 +1,4 @@
-"""fp32 master weights for parameters kept in bf16 or fp16."""
+"""fp32 master weights for parameters kept in bf16."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 class MasterWeights(Optimizer):
-    """A torch optimiser over fp32 copies of half-precision parameters (Micikevicius et al. 2018, section 3.1).
+    """A torch optimiser over fp32 copies of bf16 parameters (Micikevicius et al. 2018, section 3.1).
 
-    The model computes with its own half-precision weights, with no cast in any forward. Gradients arrive in the
+    The model computes with its own bf16 weights, with no cast in any forward. Gradients arrive in the
     weights' dtype; `step` widens them, steps the fp32 masters with `optimizer_cls`, and rounds the masters into the
     weights. An update smaller than half a bf16 ulp is therefore not lost. fp32 parameters are stepped as they are.
 
     `MasterWeights.over(torch.optim.AdamW)` is the class that steps with AdamW; it takes AdamW's arguments.
     params: parameters or parameter groups, as for any optimiser.
-    Costs 4 bytes a half-precision parameter for the master and 4 more while stepping, for the widened gradient.
+    Costs 4 bytes a bf16 parameter for the master and 4 more while stepping, for the widened gradient.
     `state_dict` holds the masters, so a resumed run continues from them, not from their rounded copies.
     """
 
@@ -41,7 +39,7 @@ class MasterWeights(Optimizer):
         self._share_groups()
 
     def _master(self, weight: torch.nn.Parameter) -> torch.nn.Parameter:
-        if weight.dtype not in HALF:
+        if weight.dtype != torch.bfloat16:
             return weight
         master = torch.nn.Parameter(weight.detach().float())
         self.pairs.append((weight, master))

@@ -13,7 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 class JsonLines(TrainerCallback):
     """Appends every logged record to `output_dir/metrics.jsonl`.
 
-    A resumed run first drops the records of steps that it is about to repeat, so that each step stands there once.
+    A run first drops the records of steps that it is about to make (again), so that each step stands there once.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -23,7 +23,7 @@ class JsonLines(TrainerCallback):
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
         with open(path, "w", encoding="utf-8") as file:
-            file.writelines(kept if state.global_step else [])
+            file.writelines(kept)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

@@ -6,14 +6,17 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastrlhf import functional as F
 from fastrlhf.batching import ScoredBatch, score_responses
@@ -22,6 +25,7 @@ from fastrlhf.loading import (
     disable_dropout,
     load_causal_lm,
     load_reward_model,
+    prepare_eval,
     tokenizer_with_pad,
     with_adapter,
 )
@@ -29,6 +33,7 @@ from fastrlhf.rewards import RewardError, Rewards, RunningNormalizer, normalize
 from fastrlhf.rollout import Rollout, SamplingParams, TransformersEngine
 from fastrlhf.trainers.actor_critic import ActorCritic
 from fastrlhf.trainers.base import ScorerTrainer
+from fastrlhf.trainers.checkpoints import is_complete
 from fastrlhf.trainers.config import PPOConfig
 from fastrlhf.trainers.ppo_metrics import rollout_metrics, update_metrics
 from fastrlhf.trainers.ppo_targets import Targets, ppo_targets
@@ -67,7 +72,9 @@ class PPOTrainer(ScorerTrainer):
         callbacks: list[TrainerCallback] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        set_seed(args.seed)  # adapters are drawn before the Trainer sets it
         options = model_init_kwargs or {}
+        _refuse_shared(model, ref_model, value_model, reward_funcs)
         policy = load_causal_lm(model, **options)
         tokenizer = tokenizer_with_pad(
             processing_class, policy, trust_remote_code=options.get("trust_remote_code", False)
@@ -80,10 +87,17 @@ class PPOTrainer(ScorerTrainer):
         if value_model is not None:
             value_model = load_reward_model(value_model, "value_model", **options)
             disable_dropout(value_model)
-        prompts = prepare_prompts(train_dataset, tokenizer, args.max_prompt_length)
-        if len(prompts) < args.rollout_batch_size:
+
+        def prepared(dataset: Dataset) -> Dataset:
+            prompts = prepare_prompts(dataset, tokenizer, args.max_prompt_length)
+            _check_context(prompts, policy, args)
+            return prompts
+
+        prompts, wanted = prepared(train_dataset), args.rollout_batch_size * args.world_size
+        if len(prompts) < wanted:
             raise ValueError(
                 f"train_dataset has {len(prompts)} prompts, fewer than rollout_batch_size={args.rollout_batch_size}"
+                + (f" on each of {args.world_size} devices" if args.world_size > 1 else "")
             )
         policy = with_adapter(policy, peft_config)
         disable_dropout(policy)
@@ -92,11 +106,10 @@ class PPOTrainer(ScorerTrainer):
             args=args,
             data_collator=list,
             train_dataset=prompts,
-            eval_dataset=eval_dataset and prepare_prompts(eval_dataset, tokenizer, args.max_prompt_length),
+            eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        self._train_batch_size = args.rollout_batch_size
         self.engine = TransformersEngine(self.scorer.model, tokenizer)
         self.sampling = SamplingParams(args.response_length, args.temperature, batch_size=args.rollout_batch_size)
         self.rewards = Rewards(reward_funcs, args.reward_weights, tokenizer).to(args.device)
@@ -111,7 +124,7 @@ class PPOTrainer(ScorerTrainer):
         with self.timed("rollout"):
             rollout = self.engine.generate([row["prompt_ids"] for row in inputs], self.sampling)
         with self.timed("reward"):
-            scores = self.scores(inputs, rollout)
+            scores, each = self.scores(inputs, rollout)
         with self.timed("reference"):
             batches = self.micro_batches(rollout)
             log_probs, entropy, values = self.score_rollout(model, rollout, batches)
@@ -119,7 +132,7 @@ class PPOTrainer(ScorerTrainer):
         targets = ppo_targets(
             self.normalized(scores), log_probs, ref_log_probs, values, rollout.mask.to(args.device), args
         )
-        self.record(**rollout_metrics(rollout, scores, entropy, targets))
+        self.record(**rollout_metrics(rollout, scores, each, entropy, targets, args.kl_coef))
 
         with self.timed("update"):
             losses = []
@@ -138,7 +151,7 @@ class PPOTrainer(ScorerTrainer):
         denominator = self.accelerator.reduce(tokens, "mean")
         losses, stats = [], []
         for batch in mini_batch:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 log_probs, entropy, values = model(batch.input_ids, batch.positions, batch.tokens, args.temperature)
                 mask = torch.ones_like(log_probs)
                 policy_loss, policy_stats = F.ppo_loss(
@@ -163,7 +176,7 @@ class PPOTrainer(ScorerTrainer):
                 loss = policy_loss + args.vf_coef * value_loss
             self.accelerator.backward(loss)
             losses.append(loss.detach())
-            stats.append((batch.tokens.numel() / tokens, policy_loss, policy_stats, value_loss, value_stats))
+            stats.append((batch.tokens.numel() / tokens, policy_stats, value_loss, value_stats))
         self.record(**update_metrics(stats))
         return torch.stack(losses).sum()
 
@@ -174,10 +187,11 @@ class PPOTrainer(ScorerTrainer):
         self.optimizer.step()
         model.zero_grad()
 
-    def scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> Tensor:
-        """Scores [B] by the reward functions. An error there first saves a checkpoint: it is not the policy's fault."""
+    def scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores [B], and those of each reward function. An error there first saves a checkpoint: what was trained so
+        far is whole."""
         prompts = [row["prompt"] for row in inputs]
-        texts = self.processing_class.batch_decode(rollout.responses, skip_special_tokens=True)
+        texts = rollout.texts(self.processing_class)
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
@@ -186,12 +200,12 @@ class PPOTrainer(ScorerTrainer):
         try:
             scores, each = self.rewards(prompts, completions, columns)
         except RewardError:
-            if self.is_in_train and self.state.global_step and self.args.save_strategy != "no":
+            folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            wanted = self.is_in_train and self.state.global_step and self.args.save_strategy != "no"
+            if wanted and not is_complete(folder):
                 self._save_checkpoint(self.model, trial=None)
             raise
-        if len(each) > 1:
-            self.record(**{f"rewards/{name}": values.mean() for name, values in each.items()})
-        return scores.to(self.args.device)
+        return scores.to(self.args.device), each
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Scores as `args.reward_normalization` wants them."""
@@ -202,7 +216,8 @@ class PPOTrainer(ScorerTrainer):
     def micro_batches(self, rollout: Rollout) -> list[ScoredBatch]:
         """The rollout in batches of similar length, one forward each.
 
-        They are cut once: old log-probs and every epoch's run on the same shapes, so the ratio starts at exactly 1.
+        They are cut once: old log-probs and every epoch's run on the same shapes, so the ratio starts at exactly 1. A
+        mini-batch is a random choice of micro-batches; where the two are of one size, it holds one class of length.
         """
         size = self.args.micro_batch_size
         order = sorted(range(len(rollout)), key=lambda i: len(rollout.prompts[i]) + len(rollout.responses[i]))
@@ -228,7 +243,7 @@ class PPOTrainer(ScorerTrainer):
         model.train()  # as in the update, so that both run the same code
         results = torch.zeros(3, len(rollout), int(rollout.lengths.max()), device=self.args.device)
         for batch in batches:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 scored = model(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
             for x, values in zip(results, scored, strict=True):
                 batch.put(x, values)
@@ -238,20 +253,20 @@ class PPOTrainer(ScorerTrainer):
     def reference_log_probs(self, rollout: Rollout, batches: list[ScoredBatch]) -> Tensor:
         """Log-probs [B, T] of every response token under the reference."""
         results = torch.zeros(len(rollout), int(rollout.lengths.max()), device=self.args.device)
-        with self.reference() as scorer, self.compute_loss_context_manager():
+        with self.reference() as score, self.accelerator.autocast():
             for batch in batches:
-                log_probs, _ = scorer(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
+                log_probs, _ = score(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
                 batch.put(results, log_probs)
         return results
 
     @contextmanager
-    def reference(self) -> Iterator[TokenScorer]:
-        """The reference as a scorer: the frozen copy, or the policy with its adapters off."""
+    def reference(self) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
+        """TokenScorer's forward under the reference: the frozen copy, or the policy with its adapters off."""
         if self.ref_scorer is not None:
             yield self.ref_scorer
             return
         with self.scorer.model.disable_adapter():
-            yield TokenScorer(self.scorer.model)
+            yield partial(TokenScorer.forward, self.scorer)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -261,29 +276,39 @@ class PPOTrainer(ScorerTrainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Scores, KL and entropy of fresh responses to the evaluation prompts."""
-        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        """Scores, KL and entropy of fresh responses to the evaluation prompts (a data set, or a dictionary of them)."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset: none was given, here or to the trainer")
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        if "prompt_ids" not in dataset.column_names:
+            dataset = prepare_prompts(dataset, self.processing_class, self.args.max_prompt_length)
+        rows = list(dataset)
         rollout = self.engine.generate([row["prompt_ids"] for row in rows], self.sampling)
         batches = self.micro_batches(rollout)
         log_probs, entropy, values = self.score_rollout(self.model, rollout, batches)
-        scores = self.scores(rows, rollout)
-        targets = ppo_targets(
-            scores,
-            log_probs,
-            self.reference_log_probs(rollout, batches),
-            values,
-            rollout.mask.to(self.args.device),
-            self.args,
-        )
-        metrics = {
-            f"{metric_key_prefix}_{name}": value.item()
-            for name, value in rollout_metrics(rollout, scores, entropy, targets).items()
-        }
+        ref_log_probs = self.reference_log_probs(rollout, batches)
+        scores, each = self.scores(rows, rollout)
+        mask = rollout.mask.to(self.args.device)
+        targets = ppo_targets(scores, log_probs, ref_log_probs, values, mask, self.args)
+        measured = rollout_metrics(rollout, scores, each, entropy, targets, self.args.kl_coef)
+        metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One batch a PPO iteration: `rollout_batch_size` prompts on each device."""
+        return self._get_dataloader(
+            self.train_dataset, "Training", self.args.rollout_batch_size, self._get_train_sampler, is_training=True
+        )
+
+    def get_total_train_batch_size(self, args: PPOConfig) -> int:
+        return args.rollout_batch_size * args.world_size
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -299,3 +324,25 @@ class PPOTrainer(ScorerTrainer):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 self.reward_normalizer = RunningNormalizer(**json.load(file))
+
+
+def _refuse_shared(policy: Any, ref_model: Any, value_model: Any, reward_funcs: Any) -> None:
+    """Errors for a model in two roles, of which one would freeze or train the other."""
+    rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    models = {"model": policy, "ref_model": ref_model, "value_model": value_model}
+    for name, other in (("model", "ref_model"), ("model", "value_model"), ("ref_model", "value_model")):
+        if isinstance(models[name], nn.Module) and models[name] is models[other]:
+            raise ValueError(f"{other} is the same object as {name}; give it a copy of its own (copy.deepcopy)")
+    for name, model in models.items():
+        if isinstance(model, nn.Module) and any(model is func for func in rewards):
+            raise ValueError(f"reward_funcs holds the same object as {name}; give it a copy of its own (copy.deepcopy)")
+
+
+def _check_context(prompts: Dataset, policy: nn.Module, args: PPOConfig) -> None:
+    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts["prompt_ids"]))
+    if limit and longest + args.response_length > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and response_length={args.response_length} exceed the model's "
+            f"max_position_embeddings={limit}; lower response_length or leave long prompts out"
+        )

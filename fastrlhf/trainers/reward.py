@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastrlhf import functional as F
 from fastrlhf.batching import group_by_length, pad_right
 from fastrlhf.data import prepare_preferences
-from fastrlhf.loading import load_reward_model, tokenizer_with_pad, with_adapter
+from fastrlhf.loading import load_reward_model, prepare_eval, tokenizer_with_pad, with_adapter
 from fastrlhf.rewards.calibration import expected_calibration_error
 from fastrlhf.rewards.reward_model import score_in_fp32
 from fastrlhf.trainers.base import BaseTrainer
@@ -44,19 +44,22 @@ class RewardTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        set_seed(args.seed)  # a new score head and adapters are drawn before the Trainer sets it
         options = model_init_kwargs or {}
         model = score_in_fp32(load_reward_model(model, **options))
         tokenizer = tokenizer_with_pad(
             processing_class, model, unlike_eos=True, trust_remote_code=options.get("trust_remote_code", False)
         )
+
+        def prepared(dataset: Dataset) -> Dataset:
+            return prepare_preferences(dataset, tokenizer, args.max_length)
+
         super().__init__(
             model=with_adapter(model, peft_config),
             args=args,
             data_collator=PreferenceCollator(tokenizer.pad_token_id),
-            train_dataset=prepare_preferences(train_dataset, tokenizer, args.max_length),
-            eval_dataset=None
-            if eval_dataset is None
-            else prepare_preferences(eval_dataset, tokenizer, args.max_length),
+            train_dataset=prepared(train_dataset),
+            eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,
             compute_metrics=preference_metrics,
             callbacks=callbacks,
@@ -74,19 +77,21 @@ class RewardTrainer(BaseTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         chosen, rejected = self._pair_scores(model, inputs)
         loss, stats = F.pairwise_reward_loss(
             chosen, rejected, margin=inputs.get("margin"), center_coef=self.args.center_rewards_coefficient
         )
         self.record(accuracy=stats.accuracy, **{"rewards/margins": stats.difference})
-        return loss
+        return (loss, {"chosen": chosen, "rejected": rejected}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             chosen, rejected = self._pair_scores(model, inputs)
-            loss, _ = F.pairwise_reward_loss(chosen, rejected, margin=inputs.get("margin"))
+            loss, _ = F.pairwise_reward_loss(
+                chosen, rejected, margin=inputs.get("margin"), center_coef=self.args.center_rewards_coefficient
+            )
         return loss, torch.stack([chosen, rejected], dim=1), torch.zeros_like(chosen)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastrlhf.batching import pad_right
 from fastrlhf.data import prepare_sft
-from fastrlhf.loading import load_causal_lm, tokenizer_with_pad, with_adapter
+from fastrlhf.loading import load_causal_lm, prepare_eval, tokenizer_with_pad, with_adapter
 from fastrlhf.trainers.base import ScorerTrainer
 from fastrlhf.trainers.config import SFTConfig
 from fastrlhf.trainers.token_scorer import TokenScorer
@@ -39,15 +39,14 @@ class SFTTrainer(ScorerTrainer):
         callbacks: list[TrainerCallback] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        set_seed(args.seed)  # adapters are drawn before the Trainer sets it
         options = model_init_kwargs or {}
         model = load_causal_lm(model, **options)
         tokenizer = tokenizer_with_pad(
             processing_class, model, trust_remote_code=options.get("trust_remote_code", False)
         )
 
-        def prepared(dataset: Dataset | None) -> Dataset | None:
-            if dataset is None:
-                return None
+        def prepared(dataset: Dataset) -> Dataset:
             return prepare_sft(dataset, tokenizer, args.max_length, args.completion_only_loss)
 
         super().__init__(
@@ -55,7 +54,7 @@ class SFTTrainer(ScorerTrainer):
             args=args,
             data_collator=SFTCollator(tokenizer.pad_token_id),
             train_dataset=prepared(train_dataset),
-            eval_dataset=prepared(eval_dataset),
+            eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -69,15 +68,17 @@ class SFTTrainer(ScorerTrainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         log_probs, entropy = model(inputs["input_ids"], inputs["positions"], inputs["labels"])
         if model.training:
             self.record(entropy=entropy.mean())
         if num_items_in_batch is None:
-            return -log_probs.mean()
-        # Data parallelism averages gradients over the ranks, but the count is already that of all of them.
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return -log_probs.sum() * ranks / num_items_in_batch
+            loss = -log_probs.mean()
+        else:
+            # Data parallelism averages gradients over the ranks, but the count is already that of all of them.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = -log_probs.sum() * ranks / num_items_in_batch
+        return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():

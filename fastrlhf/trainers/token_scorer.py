@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 
 from fastrlhf import functional as F
 
+# Names in a configuration that stand for a change of the logits after the head, unless they are None or 1.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, out of a `peft` wrapper."""
@@ -37,6 +40,9 @@ class TokenScorer(nn.Module):
     @property
     def _keys_to_ignore_on_save(self):
         return causal_lm(self.model)._keys_to_ignore_on_save
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
 
     def tie_weights(self) -> None:
         causal_lm(self.model).tie_weights()
@@ -77,15 +83,19 @@ class TokenScorer(nn.Module):
             raise ValueError(f"model: {name} has no LM head; a causal language model is wanted")
         if head.weight.device.type == "meta":
             return
-        # Some architectures scale or cap their logits after the head (Gemma-2, Cohere, Granite).
+        # Some architectures scale or cap their logits after the head (Gemma-2, Cohere, Granite); a cap shows in large
+        # logits only, so look at the configuration too.
+        config = model.config.get_text_config()
+        changes = [n for n in LOGIT_CHANGES if getattr(config, n, None) not in (None, 1, 1.0)]
         training = model.training
         model.eval()
         tokens = torch.arange(2, device=head.weight.device)[None] % model.config.get_text_config().vocab_size
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         wanted = model(input_ids=tokens, use_cache=False).logits
         model.train(training)
-        if not torch.allclose(head(hidden), wanted, rtol=1e-3, atol=1e-3):
+        if changes or not torch.allclose(head(hidden), wanted, rtol=1e-3, atol=1e-3, equal_nan=True):
+            how = ", ".join(changes) or "a softcap or a scale"
             raise ValueError(
-                f"model: {name} changes its logits after the LM head (a softcap or a logit scale), and log-probs "
-                "computed from the head alone would be wrong. Such heads are not supported yet."
+                f"model: {name} changes its logits after the LM head ({how}), and log-probs computed from the head "
+                "alone would be wrong. Such heads are not supported yet."
             )
