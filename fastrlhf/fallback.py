@@ -38,13 +38,15 @@ def _limit(x: float) -> float | None:
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_probs = reference.token_log_probs(logits, tokens, temperature=temperature)
-    return log_probs, reference.logsumexp(logits, tokens, temperature)
+    counts, z = reference.scaled(logits, tokens, temperature)
+    logsumexp = torch.where(counts, torch.logsumexp(z, -1), 0.0)
+    return reference.pick(torch.log_softmax(z, -1), tokens, counts), logsumexp
 
 
 def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    results = reference.token_log_probs_and_entropy(logits, tokens, temperature=temperature)
-    return *results, reference.logsumexp(logits, tokens, temperature)
+    counts, z = reference.scaled(logits, tokens, temperature)
+    log_p, logsumexp = torch.log_softmax(z, -1), torch.where(counts, torch.logsumexp(z, -1), 0.0)
+    return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), logsumexp
 
 
 def token_log_probs_backward(grad_log_probs, logits, tokens, _logsumexp, temperature) -> Tensor:
@@ -116,8 +118,7 @@ def ppo_loss(
     aggregation: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ratio_level, name = "sequence" if sequence_ratio else "token", AGGREGATIONS[aggregation]
-    loss, stats = reference.ppo_loss(
+    loss, stats, terms = reference.ppo_terms(
         log_probs,
         old_log_probs,
         advantages,
@@ -126,7 +127,7 @@ def ppo_loss(
         clip_high=clip_high,
         dual_clip=_limit(dual_clip),
         log_ratio_clamp=_limit(log_ratio_clamp),
-        ratio_level=ratio_level,
+        ratio_level="sequence" if sequence_ratio else "token",
         weights=weights,
         advantage_stats=advantage_stats,
         entropy=entropy,
@@ -134,31 +135,19 @@ def ppo_loss(
         ref_log_probs=ref_log_probs,
         kl_coef=kl_coef,
         kl_estimator=KL_ESTIMATORS[kl_estimator],
-        aggregation=name,
+        aggregation=AGGREGATIONS[aggregation],
         denominator=denominator,
     )
     if not needs_grad:
         return loss, stats, log_probs.new_empty(0), log_probs.new_empty(0)
 
     # d loss / d log r is -A r, or 0 where a clip or the clamp holds.
-    advantages = reference.whiten_by(reference.keep(advantages, mask), mask, advantage_stats)
-    log_ratio = reference.log_ratio_of(log_probs, old_log_probs, mask, ratio_level)
-    held = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    _, ratio, clipped, dual_clipped = reference.clipped_surrogate(
-        held, advantages, clip_low, clip_high, _limit(dual_clip)
-    )
-    held_back = (log_ratio.abs() > log_ratio_clamp) | clipped | dual_clipped
-    slope = torch.where(held_back, 0.0, -advantages * ratio)
-    if weights is not None:
-        slope = slope * reference.keep(weights, mask)
-    shares = reference.token_weights(mask, slope.dtype, name, denominator)
-    grad = slope * shares
+    grad = torch.where(terms.held, 0.0, -terms.advantages * terms.ratio) * terms.weights * terms.shares
     if sequence_ratio:  # the ratio is the exponential of a mean: each token carries its part of the summed slope
         grad = mask * reference.divide(grad.sum(-1, keepdim=True), mask.sum(-1, keepdim=True))
-    if ref_log_probs is not None and kl_coef:
-        distance = reference.keep(log_probs, mask) - reference.keep(ref_log_probs, mask)
-        grad = grad + kl_coef * shares * reference.kl_slope(distance, KL_ESTIMATORS[kl_estimator])
-    grad_entropy = log_probs.new_empty(0) if entropy is None else -entropy_coef * shares
+    if terms.distance is not None and kl_coef:
+        grad = grad + kl_coef * terms.shares * reference.kl_slope(terms.distance, KL_ESTIMATORS[kl_estimator])
+    grad_entropy = log_probs.new_empty(0) if entropy is None else -entropy_coef * terms.shares
     return loss, stats, torch.where(mask, grad, 0.0), grad_entropy
 
 

@@ -5,6 +5,8 @@ is given fp64 and in fp32 otherwise, and reads nothing that stands under a zero 
 `fastrlhf.functional`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -62,11 +64,6 @@ def log_softmax(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Ten
     """Which rows count, and log softmax(z / T)."""
     counts, z = scaled(logits, tokens, temperature)
     return counts, torch.log_softmax(z, dim=-1)
-
-
-def logsumexp(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    counts, z = scaled(logits, tokens, temperature)
-    return torch.where(counts, torch.logsumexp(z, dim=-1), 0.0)
 
 
 def whiten_by(advantages: Tensor, mask: Tensor, stats: Tensor | None) -> Tensor:
@@ -231,7 +228,23 @@ def log_ratio_of(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, ratio_l
     return log_ratio
 
 
-def ppo_loss(
+class PPOTerms(NamedTuple):
+    """What a token's loss was made of, for those who cannot ask autograd for its gradient."""
+
+    advantages: Tensor  # whitened
+    ratio: Tensor
+    held: Tensor  # by a clip or by the clamp of the log-ratio, so that the surrogate has no slope
+    weights: Tensor | float
+    shares: Tensor  # what the token's loss was multiplied with
+    distance: Tensor | None  # log-ratio to the reference
+
+
+def ppo_loss(*arguments, **options) -> tuple[Tensor, Tensor]:
+    """The loss, and the ten numbers of `fastrlhf.functional.PPOStats`, in that order. Arguments as of `ppo_terms`."""
+    return ppo_terms(*arguments, **options)[:2]
+
+
+def ppo_terms(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -251,25 +264,25 @@ def ppo_loss(
     kl_estimator: str = "k3",
     aggregation: str = "token-mean",
     denominator=None,
-) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of Schulman et al. 2017 (arXiv:1707.06347), with its later options.
-
-    Returns the loss and the ten numbers of `fastrlhf.functional.PPOStats`, in that order.
-    """
+) -> tuple[Tensor, Tensor, PPOTerms]:
+    """The clipped surrogate of Schulman et al. 2017 (arXiv:1707.06347), with its later options."""
     mask = mask.bool()
     advantages = whiten_by(keep(advantages, mask), mask, advantage_stats)
     log_ratio = log_ratio_of(log_probs, old_log_probs, mask, ratio_level)
+    held = torch.zeros_like(mask)
     if log_ratio_clamp is not None:
+        held = log_ratio.abs() > log_ratio_clamp
         log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
     surrogate, ratio, was_clipped, was_dual_clipped = clipped_surrogate(
         log_ratio, advantages, clip_low, clip_high, dual_clip
     )
-    if weights is not None:
-        surrogate = surrogate * keep(weights, mask)
+    weights = 1.0 if weights is None else keep(weights, mask)
+    surrogate = surrogate * weights
 
-    losses, kl, bonus = surrogate, torch.zeros_like(ratio), torch.zeros_like(ratio)
+    losses, kl, bonus, distance = surrogate, torch.zeros_like(ratio), torch.zeros_like(ratio), None
     if ref_log_probs is not None:
-        kl = kl_estimate(keep(log_probs, mask) - keep(ref_log_probs, mask), kl_estimator)
+        distance = keep(log_probs, mask) - keep(ref_log_probs, mask)
+        kl = kl_estimate(distance, kl_estimator)
     if entropy is not None:
         bonus = keep(entropy, mask)
     # Coefficients of 0 ask for the statistics alone, and 0 * inf would be a nan.
@@ -293,7 +306,8 @@ def ppo_loss(
         largest = torch.where(mask, ratio, -INFINITY).max() if ratio.numel() else nobody
         stats += [torch.where(count == 0, 0.0, smallest), torch.where(count == 0, 0.0, largest)]
         stats += [mean(bonus), mean(kl), count]
-    return loss, torch.stack(stats).detach()
+    held = held | was_clipped | was_dual_clipped
+    return loss, torch.stack(stats).detach(), PPOTerms(advantages, ratio, held, weights, shares, distance)
 
 
 def value_loss(
