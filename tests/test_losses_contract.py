@@ -357,7 +357,8 @@ def test_opcheck():
     opcheck(ops.pairwise_reward_loss.default, (*pair, returns[:, 0].clone(), 0.01, True))
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_as_one_graph(dynamic):
     arguments, mask, tensors = everything()
 
     def step(log_probs, old, advantages, mask, entropy, ref):
@@ -368,7 +369,7 @@ def test_compiles_as_one_graph():
         pair, _ = F.pairwise_reward_loss(log_probs[:, 0], old[:, 0])
         return loss + value + pair, stats.approx_kl
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     results = []
     for function in (step, compiled):
         leaf = arguments[0].clone().requires_grad_()

@@ -62,10 +62,9 @@ def number(name: str, value, *, above: float | None = None, least: float | None 
     """A finite float within the bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
         raise ValueError(f"{name}: got {type(value).__name__}, wanted a number")
-    wanted = [f"> {above}"] * (above is not None) + [f">= {least}"] * (least is not None)
-    wanted += [f"<= {most}"] * (most is not None)
     good = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
     if not (good and -math.inf < value < math.inf):  # not math.isfinite: under torch.compile value may be symbolic
+        wanted = [f"{sign} {bound}" for sign, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
         raise ValueError(f"{name}: got {value}, wanted a finite number {' and '.join(wanted)}".rstrip())
     return value if isinstance(value, float) else float(value)
 
