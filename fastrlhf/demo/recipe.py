@@ -26,12 +26,12 @@ class Recipe:
     reward_pairs: int = 256
     reward_learning_rate: float = 1e-4
     # PPO
-    ppo_steps: int = 40
+    ppo_steps: int = 26
     rollout_batch_size: int = 32
     micro_batch_size: int = 16
-    num_mini_batches: int = 1
+    num_mini_batches: int = 2
     num_ppo_epochs: int = 1
-    ppo_learning_rate: float = 4e-5
+    ppo_learning_rate: float = 8e-5
     kl_coef: float = 0.05
     checkpoint_steps: int = 20
 

@@ -68,7 +68,7 @@ def reward(
 
 def ppo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
     args = PPOConfig(
-        **_common(workspace, name, recipe),
+        **_common(workspace, name, recipe, lr_scheduler_type="constant_with_warmup"),
         max_steps=recipe.ppo_steps,
         rollout_batch_size=recipe.rollout_batch_size,
         per_device_train_batch_size=recipe.micro_batch_size,
@@ -89,7 +89,7 @@ def ppo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict
     return _train(workspace, name, trainer)
 
 
-def _common(workspace: Workspace, name: str, recipe: Recipe) -> dict[str, Any]:
+def _common(workspace: Workspace, name: str, recipe: Recipe, **options: Any) -> dict[str, Any]:
     return {
         "output_dir": workspace.stage_folder(name),
         "seed": recipe.seed,
@@ -99,6 +99,7 @@ def _common(workspace: Workspace, name: str, recipe: Recipe) -> dict[str, Any]:
         "save_steps": recipe.checkpoint_steps,
         "save_total_limit": 1,
         "report_to": "none",
+        **options,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -24,6 +25,13 @@ def peak_rss_gib() -> float:
     """Most memory this process ever had resident, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def release_memory() -> None:
+    """Give what a stage left behind back to the system: glibc keeps freed memory, gigabytes of it after a training."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Workspace:
@@ -72,7 +80,7 @@ class Workspace:
         record["results"] = run(self, name, *inputs)
         tick()
         self.drop_checkpoints(name)  # only now: until the results are written, the stage may have to be taken up again
-        gc.collect()
+        release_memory()
         shown = ", ".join(f"{k} {v:.3g}" for k, v in record["results"].items() if isinstance(v, float))
         self.console.print(f"      done in {record['seconds']:.0f} s{': ' + shown if shown else ''}", highlight=False)
 
