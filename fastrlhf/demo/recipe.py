@@ -22,7 +22,7 @@ class Recipe:
     sft_learning_rate: float = 5e-5
     # Both reward models. Each step takes the pairs among `reward_texts` texts.
     reward_steps: int = 50
-    reward_texts: int = 48
+    reward_texts: int = 40
     reward_pairs: int = 256
     reward_learning_rate: float = 1e-4
     # PPO
