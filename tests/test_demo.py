@@ -145,6 +145,11 @@ class TestJudgement:
         assert good > 0.5 > -0.5 > bad
 
 
+def test_brevity():
+    texts = ["", "one two three", "a b c d e f", "one more word than those six words"]
+    assert stages.brevity(6, ["x"] * 4, texts) == [-1, -0.5, 0, 0]
+
+
 class TestWorkspace:
     def test_a_finished_stage_is_not_repeated(self, tmp_path):
         calls = []

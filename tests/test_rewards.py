@@ -1,6 +1,7 @@
 """Reward functions, reward models as functions, normalisation and calibration."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,6 +40,9 @@ class TestRewards:
     def test_numpy_arrays_and_tensors(self):
         for values in (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
             assert Rewards(lambda prompts, completions, v=values: v)(["a", "b"], ["x", "y"], {})[0].tolist() == [1, 2]
+
+    def test_a_partial_has_the_name_of_its_function(self):
+        assert Rewards(partial(constant, bonus=[1.0])).names == ["constant"]
 
     def test_functions_of_one_name_are_told_apart(self):
         assert Rewards([length, length]).names == ["length_0", "length_1"]

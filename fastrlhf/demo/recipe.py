@@ -33,6 +33,8 @@ class Recipe:
     num_ppo_epochs: int = 1
     ppo_learning_rate: float = 8e-5
     kl_coef: float = 0.05
+    full_length_words: int = 12
+    brevity_weight: float = 3.0
     checkpoint_steps: int = 20
 
     def as_dict(self) -> dict[str, Any]:

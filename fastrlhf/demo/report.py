@@ -18,7 +18,7 @@ from fastrlhf.demo.workspace import STAGES, Workspace
 from fastrlhf.trainers.metrics import METRICS_FILE
 
 CURVES = {
-    "objective/scores": "reward (reward model's score)",
+    "rewards/reward_model": "reward model's score",
     "objective/kl": "KL to SFT, nats a response",
     "objective/entropy": "entropy, nats a token",
     "policy/clipfrac_avg": "clip fraction",
@@ -130,7 +130,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     with open(metrics, encoding="utf-8") as file:
-        records = [record for record in map(json.loads, file) if "objective/scores" in record]
+        records = [record for record in map(json.loads, file) if "objective/kl" in record]
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for axis, (name, label) in zip(axes.flat, CURVES.items(), strict=True):
         axis.plot([r["step"] for r in records], [r[name] for r in records], marker=".", color="tab:blue")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,16 +78,25 @@ def ppo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict
         response_length=recipe.response_length,
         learning_rate=recipe.ppo_learning_rate,
         kl_coef=recipe.kl_coef,
+        reward_weights=[1.0, recipe.brevity_weight],
         reward_normalization="batch",
     )
     trainer = PPOTrainer(
         workspace.stage_folder("sft"),
         args,
-        reward_funcs=workspace.stage_folder("reward_model"),
+        reward_funcs=[workspace.stage_folder("reward_model"), partial(brevity, recipe.full_length_words)],
         train_dataset=data.prompts,
         model_init_kwargs=model_options(),
     )
     return _train(workspace, name, trainer)
+
+
+def brevity(words: int, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """0 for a response of `words` words or more, down to -1 for none.
+
+    Without it PPO finds that short texts are the surest to please: in 26 iterations responses shrank to half.
+    """
+    return [min(0.0, len(completion.split()) / words - 1) for completion in completions]
 
 
 def _common(workspace: Workspace, name: str, recipe: Recipe, **options: Any) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def _train(workspace: Workspace, name: str, trainer: Trainer) -> dict[str, Any]:
 class BarWithMetrics(ProgressCallback):
     """The progress bar with the latest metrics behind it, instead of a line for each step."""
 
-    SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "rollout/length")
+    SHOWN = ("loss", "accuracy", "rewards/reward_model", "objective/kl", "rollout/length")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -48,7 +49,7 @@ class Rewards:
             raise ValueError(f"reward_weights has {len(weights)} weights for {len(funcs)} reward_funcs")
         self.funcs = [_as_function(func, processing_class) for func in funcs]
         self.weights = list(weights)
-        self.names = _distinct([getattr(func, "__name__", type(func).__name__) for func in self.funcs])
+        self.names = _distinct([_name(func) for func in self.funcs])
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
@@ -80,6 +81,11 @@ def _as_function(func: Any, processing_class: Any | None) -> RewardFunction:
     if callable(func):
         return func
     raise ValueError(f"reward_funcs: {type(func).__name__} is neither a callable, a model, nor the path of one")
+
+
+def _name(func: RewardFunction) -> str:
+    func = func.func if isinstance(func, partial) else func
+    return getattr(func, "__name__", type(func).__name__)
 
 
 def _distinct(names: list[str]) -> list[str]:
