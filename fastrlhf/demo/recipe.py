@@ -26,7 +26,7 @@ class Recipe:
     reward_pairs: int = 256
     reward_learning_rate: float = 1e-4
     # PPO
-    ppo_steps: int = 26
+    ppo_steps: int = 20
     rollout_batch_size: int = 32
     micro_batch_size: int = 16
     num_mini_batches: int = 2

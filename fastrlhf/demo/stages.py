@@ -94,7 +94,7 @@ def ppo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict
 def brevity(words: int, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """0 for a response of `words` words or more, down to -1 for none.
 
-    Without it PPO finds that short texts are the surest to please: in 26 iterations responses shrank to half.
+    Without it PPO finds that short texts are the surest to please: within 20 iterations responses shrank to half.
     """
     return [min(0.0, len(completion.split()) / words - 1) for completion in completions]
 
