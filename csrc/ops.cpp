@@ -1,59 +1,86 @@
 // The schema of every op, once. Autograd and shape functions stand in fastrlhf/functional, the CPU kernels in csrc/cpu,
 // the GPU kernels in kernels/triton; fastrlhf/fallback.py serves every device that has no kernel.
 //
-// Conventions: optional limits are passed as +inf for "none"; enumerations are the integers of csrc/cpu/kernels.h.
-// Token-wise ops return their gradients next to the loss, because they are known as soon as the loss is.
+// Conventions. Numbers (temperature, coefficients, limits) come as fp32 tensors in CPU memory, whatever the device: read
+// there without a stall, and not compile-time constants of torch.compile, as floats would be. Optional limits are +inf
+// for "none"; enumerations are the integers of csrc/cpu/kernels.h. Token-wise losses return their gradients next to the
+// loss, because they are known as soon as the loss is.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastrlhf, m) {
   // log p = z_y/T - logsumexp(z/T). Rows whose token is -100 are not read and give 0.
-  m.def("token_log_probs(Tensor logits, Tensor tokens, float temperature) -> (Tensor log_probs, Tensor logsumexp)");
+  m.def("token_log_probs(Tensor logits, Tensor tokens, Tensor temperature) -> (Tensor log_probs, Tensor logsumexp)");
   m.def(
-      "token_log_probs_and_entropy(Tensor logits, Tensor tokens, float temperature)"
+      "token_log_probs_and_entropy(Tensor logits, Tensor tokens, Tensor temperature)"
       " -> (Tensor log_probs, Tensor entropy, Tensor logsumexp)");
   // dz = (1/T) [g (delta - p) - h p (log p + H)], in the logits' dtype; the variants with _ write it over the logits.
   m.def(
       "token_log_probs_backward(Tensor grad_log_probs, Tensor logits, Tensor tokens, Tensor logsumexp,"
-      " float temperature) -> Tensor");
+      " Tensor temperature) -> Tensor");
   m.def(
       "token_log_probs_and_entropy_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor logits, Tensor tokens,"
-      " Tensor logsumexp, Tensor entropy, float temperature) -> Tensor");
+      " Tensor logsumexp, Tensor entropy, Tensor temperature) -> Tensor");
   m.def(
       "token_log_probs_backward_(Tensor grad_log_probs, Tensor(a!) logits, Tensor tokens, Tensor logsumexp,"
-      " float temperature) -> ()");
+      " Tensor temperature) -> ()");
   m.def(
       "token_log_probs_and_entropy_backward_(Tensor grad_log_probs, Tensor grad_entropy, Tensor(a!) logits,"
-      " Tensor tokens, Tensor logsumexp, Tensor entropy, float temperature) -> ()");
+      " Tensor tokens, Tensor logsumexp, Tensor entropy, Tensor temperature) -> ()");
 
+  // KL = sum_j p_j (log p_j - log q_j), p and q the softmax of both at T. Rows whose mask is 0 are not read and give 0.
   m.def(
-      "kl_divergence(Tensor log_probs, Tensor ref_log_probs, int estimator, float clamp_input, float clamp_output)"
-      " -> Tensor");
+      "full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature)"
+      " -> (Tensor kl, Tensor logsumexp, Tensor ref_logsumexp)");
+  // dz = (g/T) p (log p - log q - KL), dz_ref = (g/T) (q - p), each in its logits' dtype and empty if not needed.
+  m.def(
+      "full_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor logsumexp,"
+      " Tensor ref_logsumexp, Tensor temperature, bool needs_grad, bool needs_ref_grad)"
+      " -> (Tensor grad_logits, Tensor grad_ref_logits)");
+
+  // clamp: [2], of the log-ratio, of the estimate.
+  m.def("kl_divergence(Tensor log_probs, Tensor ref_log_probs, int estimator, Tensor clamp) -> Tensor");
   // With respect to log_probs; the gradient of ref_log_probs is its negative.
   m.def(
-      "kl_divergence_backward(Tensor grad, Tensor log_probs, Tensor ref_log_probs, int estimator, float clamp_input,"
-      " float clamp_output) -> Tensor");
+      "kl_divergence_backward(Tensor grad, Tensor log_probs, Tensor ref_log_probs, int estimator, Tensor clamp)"
+      " -> Tensor");
 
+  // options: [2], gamma, lam.
   m.def(
-      "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? bootstrap_values, float gamma, float lam,"
-      " int mask_mode) -> (Tensor advantages, Tensor returns)");
+      "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? bootstrap_values, Tensor options, int mask_mode)"
+      " -> (Tensor advantages, Tensor returns)");
+  // [N] values of sequences one after the other; sequence b is cu_seqlens[b] .. cu_seqlens[b + 1] (int32 or int64).
+  m.def(
+      "gae_packed(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap_values,"
+      " Tensor options, int mask_mode) -> (Tensor advantages, Tensor returns)");
+  // options: [4], kl_coef, score_clip, gamma, lam. kl: [B], summed over the tokens that count. advantage_stats: [2],
+  // mean and 1/sqrt(unbiased variance + 1e-8) of the advantages that count.
+  m.def(
+      "rollout_advantages(Tensor scores, Tensor log_probs, Tensor ref_log_probs, Tensor values, Tensor mask,"
+      " Tensor? token_rewards, Tensor? bootstrap_values, Tensor options, int kl_estimator, int mask_mode)"
+      " -> (Tensor advantages, Tensor returns, Tensor kl, Tensor advantage_stats)");
 
+  // options: [6], clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef.
   m.def(
       "ppo_loss(Tensor log_probs, Tensor old_log_probs, Tensor advantages, Tensor mask, Tensor? weights,"
-      " Tensor? advantage_stats, Tensor? entropy, Tensor? ref_log_probs, Tensor? denominator, float clip_low,"
-      " float clip_high, float dual_clip, float log_ratio_clamp, float entropy_coef, float kl_coef, int kl_estimator,"
-      " bool sequence_ratio, int aggregation, bool needs_grad)"
+      " Tensor? advantage_stats, Tensor? entropy, Tensor? ref_log_probs, Tensor? denominator, Tensor options,"
+      " int kl_estimator, bool sequence_ratio, int aggregation, bool needs_grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad_log_probs, Tensor grad_entropy)");
   m.def(
-      "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? denominator, float clip,"
+      "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? denominator, Tensor clip,"
       " int aggregation, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor grad_values)");
 
   m.def("masked_mean(Tensor x, Tensor mask) -> (Tensor mean, Tensor count)");  // [R, C] -> [R], [R]
   m.def(
-      "masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased, float eps)"
+      "masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased, Tensor eps)"
       " -> (Tensor whitened, Tensor stats)");  // stats: mean, rstd, count
 
   m.def(
-      "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef, bool needs_grad)"
+      "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, Tensor center_coef, bool needs_grad)"
+      " -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)");
+  // options: [2], beta, label_smoothing. The gradients are those of policy_chosen and policy_rejected.
+  m.def(
+      "dpo_loss(Tensor policy_chosen, Tensor policy_rejected, Tensor ref_chosen, Tensor ref_rejected, Tensor options,"
+      " int variant, bool needs_grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)");
 }

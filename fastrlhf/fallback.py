@@ -1,7 +1,8 @@
 """The raw ops of csrc/ops.cpp for devices that have no kernel, each in terms of `fastrlhf.reference`.
 
-Enumerations arrive as integers, "no limit" as infinity. The token-wise losses return their gradients, and write them
-out here: an op runs below autograd, which therefore cannot be asked. The tests hold them against autograd's.
+Numbers arrive as tensors in CPU memory, enumerations as integers, "no limit" as infinity. The token-wise losses return
+their gradients, and write them out here: an op runs below autograd, which therefore cannot be asked. The tests hold
+them against autograd's.
 """
 
 import math
@@ -18,18 +19,24 @@ OPS = (
     "token_log_probs_and_entropy",
     "token_log_probs_and_entropy_backward",
     "token_log_probs_and_entropy_backward_",
+    "full_kl",
+    "full_kl_backward",
     "kl_divergence",
     "kl_divergence_backward",
     "gae",
+    "gae_packed",
+    "rollout_advantages",
     "ppo_loss",
     "value_loss",
     "masked_mean",
     "masked_whiten",
     "pairwise_reward_loss",
+    "dpo_loss",
 )
 # The integers of the raw ops are positions in these; csrc/cpu/kernels.h repeats them.
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 MASK_MODES = ("carry", "zero", "none")
+DPO_VARIANTS = ("sigmoid", "robust", "hinge", "ipo")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
@@ -37,27 +44,29 @@ def _limit(x: float) -> float | None:
     return None if math.isinf(x) else x
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    counts, z = reference.scaled(logits, tokens, temperature)
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    counts, z = reference.scaled(logits, tokens, temperature.item())
     logsumexp = torch.where(counts, torch.logsumexp(z, -1), 0.0)
     return reference.pick(torch.log_softmax(z, -1), tokens, counts), logsumexp
 
 
-def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    counts, z = reference.scaled(logits, tokens, temperature)
+def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    counts, z = reference.scaled(logits, tokens, temperature.item())
     log_p, logsumexp = torch.log_softmax(z, -1), torch.where(counts, torch.logsumexp(z, -1), 0.0)
     return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), logsumexp
 
 
 def token_log_probs_backward(grad_log_probs, logits, tokens, _logsumexp, temperature) -> Tensor:
-    return reference.token_log_probs_and_entropy_backward(grad_log_probs, None, logits, tokens, None, temperature)
+    return reference.token_log_probs_and_entropy_backward(
+        grad_log_probs, None, logits, tokens, None, temperature.item()
+    )
 
 
 def token_log_probs_and_entropy_backward(
     grad_log_probs, grad_entropy, logits, tokens, _logsumexp, entropy, temperature
 ) -> Tensor:
     grads = (grad_log_probs, grad_entropy)
-    return reference.token_log_probs_and_entropy_backward(*grads, logits, tokens, entropy, temperature)
+    return reference.token_log_probs_and_entropy_backward(*grads, logits, tokens, entropy, temperature.item())
 
 
 def token_log_probs_backward_(grad_log_probs, logits, *rest) -> None:
@@ -68,16 +77,49 @@ def token_log_probs_and_entropy_backward_(grad_log_probs, grad_entropy, logits, 
     logits.copy_(token_log_probs_and_entropy_backward(grad_log_probs, grad_entropy, logits, *rest))
 
 
-def kl_divergence(
-    log_probs: Tensor, ref_log_probs: Tensor, estimator: int, clamp_input: float, clamp_output: float
-) -> Tensor:
-    clamp = (_limit(clamp_input), _limit(clamp_output))
+def full_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask
+    scaled = [reference.keep(x, counts.unsqueeze(-1)) / temperature.item() for x in (logits, ref_logits)]
+    kl = reference.full_kl(logits, ref_logits, mask, temperature=temperature.item())
+    return kl, *(torch.where(counts, torch.logsumexp(z, -1), 0.0) for z in scaled)
+
+
+def full_kl_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    kl: Tensor,
+    _logsumexp: Tensor,
+    _ref_logsumexp: Tensor,
+    temperature: Tensor,
+    needs_grad: bool,
+    needs_ref_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    counts = (torch.ones_like(kl, dtype=torch.bool) if mask is None else mask) & (grad != 0)
+    log_p, log_q, gap = reference.log_softmaxes(logits, ref_logits, counts, temperature.item())
+    p = log_p.exp()
+    slope = torch.where(counts, grad / temperature.item(), 0.0).unsqueeze(-1)
+    # Where p is 0 its token pulls nowhere, however far the reference is.
+    dz = torch.where(p == 0, 0.0, slope * p * (gap - torch.where(counts, kl, 0.0).unsqueeze(-1)))
+    dz_ref = slope * (log_q.exp() - p)
+    pairs = ((logits, dz, needs_grad), (ref_logits, dz_ref, needs_ref_grad))
+    return tuple(
+        torch.where(counts.unsqueeze(-1), d, 0.0).to(x.dtype) if needed else x.new_empty(0) for x, d, needed in pairs
+    )
+
+
+def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor, estimator: int, clamp: Tensor) -> Tensor:
+    clamp = tuple(map(_limit, clamp.tolist()))
     return reference.kl_divergence(log_probs, ref_log_probs, estimator=KL_ESTIMATORS[estimator], clamp=clamp).clone()
 
 
 def kl_divergence_backward(
-    grad: Tensor, log_probs: Tensor, ref_log_probs: Tensor, estimator: int, clamp_input: float, clamp_output: float
+    grad: Tensor, log_probs: Tensor, ref_log_probs: Tensor, estimator: int, clamp: Tensor
 ) -> Tensor:
+    clamp_input, clamp_output = clamp.tolist()
     log_ratio, name = log_probs - ref_log_probs, KL_ESTIMATORS[estimator]
     held = log_ratio.clamp(-clamp_input, clamp_input)
     outside = (log_ratio.abs() > clamp_input) | (reference.kl_estimate(held, name).abs() > clamp_output)
@@ -89,12 +131,56 @@ def gae(
     values: Tensor,
     mask: Tensor | None,
     bootstrap_values: Tensor | None,
-    gamma: float,
-    lam: float,
+    options: Tensor,
     mask_mode: int,
 ) -> tuple[Tensor, Tensor]:
-    mode = MASK_MODES[mask_mode]
-    return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, mask_mode=mode, bootstrap_values=bootstrap_values)
+    return reference.gae(rewards, values, mask, **_discounts(options, mask_mode), bootstrap_values=bootstrap_values)
+
+
+def _discounts(options: Tensor, mask_mode: int) -> dict:
+    gamma, lam = options.tolist()
+    return {"gamma": gamma, "lam": lam, "mask_mode": MASK_MODES[mask_mode]}
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap_values: Tensor | None,
+    options: Tensor,
+    mask_mode: int,
+) -> tuple[Tensor, Tensor]:
+    discounts = _discounts(options, mask_mode)
+    return reference.gae_packed(rewards, values, cu_seqlens, mask, **discounts, bootstrap_values=bootstrap_values)
+
+
+def rollout_advantages(
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    token_rewards: Tensor | None,
+    bootstrap_values: Tensor | None,
+    options: Tensor,
+    kl_estimator: int,
+    mask_mode: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kl_coef, score_clip = options[:2].tolist()
+    return reference.rollout_advantages(
+        scores,
+        log_probs,
+        ref_log_probs,
+        values,
+        mask,
+        kl_coef=kl_coef,
+        kl_estimator=KL_ESTIMATORS[kl_estimator],
+        score_clip=_limit(score_clip),
+        token_rewards=token_rewards,
+        bootstrap_values=bootstrap_values,
+        **_discounts(options[2:], mask_mode),
+    )
 
 
 def ppo_loss(
@@ -107,17 +193,13 @@ def ppo_loss(
     entropy: Tensor | None,
     ref_log_probs: Tensor | None,
     denominator: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    log_ratio_clamp: float,
-    entropy_coef: float,
-    kl_coef: float,
+    options: Tensor,
     kl_estimator: int,
     sequence_ratio: bool,
     aggregation: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef = options.tolist()
     loss, stats, terms = reference.ppo_terms(
         log_probs,
         old_log_probs,
@@ -157,11 +239,11 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     denominator: Tensor | None,
-    clip: float,
+    clip: Tensor,
     aggregation: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    name = AGGREGATIONS[aggregation]
+    clip, name = clip.item(), AGGREGATIONS[aggregation]
     options = {"clip": _limit(clip), "aggregation": name, "denominator": denominator}
     loss, stats = reference.value_loss(values, old_values, returns, mask, **options)
     if not needs_grad:
@@ -180,14 +262,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return reference.masked_mean(x, mask, dim=1), mask.sum(1).float()
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps: float) -> tuple[Tensor, Tensor]:
-    whitened, *stats = reference.whiten(x, mask, shift_mean, unbiased, eps)
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps: Tensor) -> tuple[Tensor, Tensor]:
+    whitened, *stats = reference.whiten(x, mask, shift_mean, unbiased, eps.item())
     return whitened, torch.stack(stats)
 
 
 def pairwise_reward_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, needs_grad: bool
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    center_coef = center_coef.item()
     loss, stats = reference.pairwise_reward_loss(chosen, rejected, margin=margin, center_coef=center_coef)
     if not needs_grad:
         return loss, stats, chosen.new_empty(0), chosen.new_empty(0)
@@ -195,3 +278,29 @@ def pairwise_reward_loss(
     slope, center = torch.sigmoid(-difference), 2 * center_coef * (chosen + rejected)
     count = max(chosen.numel(), 1)
     return loss, stats, (center - slope) / count, (center + slope) / count
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    options: Tensor,
+    variant: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    beta, e = options.tolist()
+    name = DPO_VARIANTS[variant]
+    inputs = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    loss, stats = reference.dpo_loss(*inputs, beta=beta, variant=name, label_smoothing=e)
+    if not needs_grad:
+        return loss, stats, policy_chosen.new_empty(0), policy_chosen.new_empty(0)
+    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    up, down = torch.sigmoid(-beta * h), torch.sigmoid(beta * h)
+    slope = {
+        "sigmoid": beta * (e * down - (1 - e) * up),
+        "robust": -beta * ((1 - e) * up + e * down) / (1 - 2 * e),
+        "hinge": torch.where(beta * h < 1, -beta, torch.where(h.isnan(), h, 0.0)),
+        "ipo": 2 * (h - 1 / (2 * beta)),
+    }[name] / max(h.numel(), 1)
+    return loss, stats, slope, -slope

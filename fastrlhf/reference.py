@@ -5,6 +5,7 @@ is given fp64 and in fp32 otherwise, and reads nothing that stands under a zero 
 `fastrlhf.functional`.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,21 @@ def token_log_probs_and_entropy_backward(
     return torch.where((counts & wanted).unsqueeze(-1), dz / temperature, 0.0).to(logits.dtype)
 
 
+def log_softmaxes(logits: Tensor, ref_logits: Tensor, counts: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """log p, log q and log p - log q; the last 0 where p is, whatever q is there."""
+    scaled = [keep(x, counts.unsqueeze(-1)) / temperature for x in (logits, ref_logits)]
+    log_p, log_q = (torch.log_softmax(z, -1) for z in scaled)
+    gap = torch.where(log_p == -INFINITY, 0.0, log_p - log_q)
+    return log_p, log_q, gap
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) = sum p (log p - log q), with 0 log 0 = 0."""
+    counts = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask.bool()
+    log_p, _, gap = log_softmaxes(logits, ref_logits, counts, temperature)
+    return torch.where(counts, (log_p.exp() * gap).sum(-1), 0.0)
+
+
 # ---------------------------------------------------------------------------------------------- token-wise
 
 
@@ -187,6 +203,65 @@ def gae(
         next_advantage = torch.where(moves, advantage, next_advantage)
     advantages = torch.stack(advantages[::-1], dim=1) if length else torch.zeros_like(rewards)
     return advantages, torch.where(counts, advantages + values, 0.0)
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bootstrap_values: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """`gae`, sequence by sequence."""
+    ends = cu_seqlens.tolist()
+    check_ends(ends, rewards.shape[0])
+    advantages, returns = torch.zeros_like(upcast(rewards)), torch.zeros_like(upcast(rewards))
+    for b, (start, end) in enumerate(itertools.pairwise(ends)):
+        part = [None if x is None else x[None, start:end] for x in (rewards, values, mask)]
+        last = None if bootstrap_values is None else bootstrap_values[b : b + 1]
+        advantages[start:end], returns[start:end] = (x[0] for x in gae(*part, bootstrap_values=last, **options))
+    return advantages, returns
+
+
+def check_ends(ends: list[int], length: int) -> None:
+    good = ends[0] == 0 and ends[-1] == length and all(a <= b for a, b in itertools.pairwise(ends))
+    if not good:
+        shown = ends if len(ends) < 12 else f"{len(ends)} numbers from {ends[0]} to {ends[-1]}"
+        raise IndexError(f"cu_seqlens: got {shown}, wanted numbers that never fall, from 0 to {length}")
+
+
+def rollout_advantages(
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    score_clip: float | None = None,
+    token_rewards: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    mask_mode: str = "carry",
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ziegler et al. 2019 (arXiv:1909.08593), equation 2, then `gae`: advantages, returns, KL [B], (mean, 1/std)."""
+    mask, scores = mask.bool(), upcast(scores)
+    kl = torch.where(mask, kl_estimate(keep(log_probs, mask) - keep(ref_log_probs, mask), kl_estimator), 0.0)
+    rewards = -kl_coef * kl if kl_coef else torch.zeros_like(kl)  # monitored alone, an infinite KL is no reward
+    if token_rewards is not None:
+        rewards = rewards + keep(token_rewards, mask)
+    scores = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, -1).max(dim=1).values if mask.shape[1] else positions.new_zeros(len(mask))
+    rewards = torch.where(mask & (positions == last.unsqueeze(1)), rewards + scores.unsqueeze(1), rewards)
+    options = {"gamma": gamma, "lam": lam, "mask_mode": mask_mode, "bootstrap_values": bootstrap_values}
+    advantages, returns = gae(rewards, values, mask, **options)
+    _, mean, rstd, _ = whiten(advantages, mask, True, True, 1e-8)
+    return advantages, returns, kl.sum(1), torch.stack([mean, rstd])
 
 
 def token_weights(mask: Tensor, dtype: torch.dtype, aggregation: str, denominator=None) -> Tensor:
@@ -403,3 +478,38 @@ def pairwise_reward_loss(
         won = (difference > 0).to(loss.dtype) + (difference == 0).to(loss.dtype) / 2
         stats = [divide(s.sum(), count) for s in (won, difference, chosen, rejected)]
     return loss, torch.stack(stats).detach()
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Rafailov et al. 2023 (arXiv:2305.18290), equation 7, and its relatives.
+
+    Returns the loss and the four numbers of `fastrlhf.functional.DPOStats`, in that order.
+    """
+    chosen = upcast(policy_chosen) - upcast(ref_chosen)
+    rejected = upcast(policy_rejected) - upcast(ref_rejected)
+    h, e = chosen - rejected, label_smoothing
+    right, wrong = (torch.nn.functional.softplus(x) for x in (-beta * h, beta * h))  # -log sigmoid of each
+    if variant == "sigmoid":
+        losses = (1 - e) * right + e * wrong
+    elif variant == "robust":
+        losses = ((1 - e) * right - e * wrong) / (1 - 2 * e)
+    elif variant == "hinge":
+        losses = torch.relu(1 - beta * h)
+    elif variant == "ipo":
+        losses = (h - 1 / (2 * beta)) ** 2
+    else:
+        raise ValueError(f"variant: got {variant!r}, wanted one of 'sigmoid', 'robust', 'hinge', 'ipo'")
+    count = torch.full_like(losses.sum(), losses.numel())
+    with torch.no_grad():
+        won = (h > 0).to(losses.dtype) + (h == 0).to(losses.dtype) / 2
+        stats = [divide(s.sum(), count) for s in (won, beta * h, beta * chosen, beta * rejected)]
+    return divide(losses.sum(), count), torch.stack(stats).detach()

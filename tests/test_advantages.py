@@ -134,7 +134,7 @@ def test_wrong_arguments_are_named(change, message):
 def test_opcheck_and_compile():
     rewards, values, mask = random_tokenwise(2, 3, 5)
     op = torch.ops.fastrlhf.gae.default
-    torch.library.opcheck(op, (rewards, values, mask, torch.zeros(3), 0.9, 0.8, 0))
-    torch.library.opcheck(op, (rewards, values, None, None, 0.9, 0.8, 2))
+    torch.library.opcheck(op, (rewards, values, mask, torch.zeros(3), torch.tensor([0.9, 0.8]), 0))
+    torch.library.opcheck(op, (rewards, values, None, None, torch.tensor([0.9, 0.8]), 2))
     compiled = torch.compile(F.gae, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rewards, values, mask), F.gae(rewards, values, mask))

@@ -142,7 +142,7 @@ def test_opcheck_and_compile():
     p, q, _ = random_tokenwise(2, 3, 5)
     ops = torch.ops.fastrlhf
     leaves = (p.clone().requires_grad_(), q.clone().requires_grad_())
-    torch.library.opcheck(ops.kl_divergence.default, (*leaves, 2, 20.0, math.inf))
-    torch.library.opcheck(ops.kl_divergence_backward.default, (p + 1, p, q, 1, math.inf, 10.0))
+    torch.library.opcheck(ops.kl_divergence.default, (*leaves, 2, torch.tensor([20.0, math.inf])))
+    torch.library.opcheck(ops.kl_divergence_backward.default, (p + 1, p, q, 1, torch.tensor([math.inf, 10.0])))
     compiled = torch.compile(F.kl_divergence, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(p, q, estimator="k3"), F.kl_divergence(p, q, estimator="k3"))

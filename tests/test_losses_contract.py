@@ -333,7 +333,7 @@ def test_other_losses_name_wrong_arguments():
 
 
 def raw_ppo(arguments, mask, tensors, needs_grad=True, call=ops.ppo_loss):
-    options = (0.2, 0.2, math.inf, 20.0, 0.1, 0.2, 2, False, 0, needs_grad)
+    options = (torch.tensor([0.2, 0.2, math.inf, 20.0, 0.1, 0.2]), 2, False, 0, needs_grad)
     stats, denominator = torch.tensor([0.1, 2.0]), torch.tensor(5.0)
     w, e, r = tensors["weights"], tensors["entropy"], tensors["ref_log_probs"]
     return call(*arguments, mask, w, stats, e, r, denominator, *options)
@@ -351,10 +351,13 @@ def test_opcheck():
     raw_ppo([leaf, *arguments[1:]], mask, leaf_tensors, call=call)
     raw_ppo(arguments, mask, tensors, needs_grad=False, call=call)
     old, returns = arguments[1:]
-    opcheck(ops.value_loss.default, (leaf, old, returns, mask, None, 0.2, 2, True))
-    opcheck(ops.value_loss.default, (arguments[0], None, returns, mask, torch.tensor(3.0), math.inf, 0, False))
+    opcheck(ops.value_loss.default, (leaf, old, returns, mask, None, torch.tensor([0.2]), 2, True))
+    opcheck(
+        ops.value_loss.default,
+        (arguments[0], None, returns, mask, torch.tensor(3.0), torch.tensor([math.inf]), 0, False),
+    )
     pair = (leaf.detach()[:, 0].clone().requires_grad_(), old[:, 0].clone().requires_grad_())
-    opcheck(ops.pairwise_reward_loss.default, (*pair, returns[:, 0].clone(), 0.01, True))
+    opcheck(ops.pairwise_reward_loss.default, (*pair, returns[:, 0].clone(), torch.tensor([0.01]), True))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -127,7 +127,9 @@ def test_opcheck_and_compile():
     x, mask = random_tokenwise(1, 3, 5)
     ops = torch.ops.fastrlhf
     torch.library.opcheck(ops.masked_mean.default, (x.clone().requires_grad_(), mask))
-    torch.library.opcheck(ops.masked_whiten.default, (x.clone().requires_grad_(), mask, True, True, 1e-8))
+    torch.library.opcheck(
+        ops.masked_whiten.default, (x.clone().requires_grad_(), mask, True, True, torch.tensor([1e-8]))
+    )
     compiled = torch.compile(
         lambda x, m: F.masked_whiten(x, m).pow(3).sum() + F.masked_mean(x, m, 1).sum(),
         fullgraph=True,

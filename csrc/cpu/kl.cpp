@@ -6,26 +6,26 @@ namespace fastrlhf {
 namespace {
 
 Tensor elementwise(const Tensor* grad, const Tensor& log_probs, const Tensor& ref_log_probs, int64_t estimator,
-                   double clamp_input, double clamp_output) {
+                   const Tensor& clamp) {
   const Tensor p = floats("log_probs", log_probs, log_probs), q = floats("ref_log_probs", ref_log_probs, log_probs);
   require(estimator >= kK1 && estimator <= kAbs, "estimator", "0 to 3: k1, k2, k3, abs");
+  const float* limits = numbers("clamp", clamp, 2);
   OptionalTensor g;
   if (grad != nullptr) g = floats("grad", *grad, log_probs);
   Tensor result = new_floats_like(log_probs);
   const KlArgs args = {read(p),       read(q), read(g), write(result), static_cast<int>(estimator),
-                       static_cast<float>(clamp_input), static_cast<float>(clamp_output)};
+                       limits[0], limits[1]};
   run(kernels().kl, args, log_probs.numel(), kUnit);
   return result;
 }
 
-Tensor kl_divergence(const Tensor& log_probs, const Tensor& ref_log_probs, int64_t estimator, double clamp_input,
-                     double clamp_output) {
-  return elementwise(nullptr, log_probs, ref_log_probs, estimator, clamp_input, clamp_output);
+Tensor kl_divergence(const Tensor& log_probs, const Tensor& ref_log_probs, int64_t estimator, const Tensor& clamp) {
+  return elementwise(nullptr, log_probs, ref_log_probs, estimator, clamp);
 }
 
 Tensor kl_divergence_backward(const Tensor& grad, const Tensor& log_probs, const Tensor& ref_log_probs,
-                              int64_t estimator, double clamp_input, double clamp_output) {
-  return elementwise(&grad, log_probs, ref_log_probs, estimator, clamp_input, clamp_output);
+                              int64_t estimator, const Tensor& clamp) {
+  return elementwise(&grad, log_probs, ref_log_probs, estimator, clamp);
 }
 
 }  // namespace

@@ -43,9 +43,11 @@ void check_logits(const Tensor& logits, const Tensor& tokens) {
   require(matches, "tokens", "int64 on CPU, in the shape of logits without the vocabulary");
 }
 
-void check_temperature(double temperature) {
+float read_temperature(const Tensor& temperature) {
   using Float = std::numeric_limits<float>;
-  require(temperature >= Float::min() && temperature <= Float::max(), "temperature", "a positive normal fp32 number");
+  const float t = *numbers("temperature", temperature, 1);
+  require(t >= Float::min() && t <= Float::max(), "temperature", "a positive normal fp32 number");
+  return t;
 }
 
 Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
@@ -60,24 +62,22 @@ Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
 
 const int64_t* read_tokens(const Tensor& tokens) { return static_cast<const int64_t*>(tokens.const_data_ptr()); }
 
-void forward(const Tensor& logits, const Tensor& tokens, double temperature, const Tensor& log_probs, float* entropy,
+void forward(const Tensor& logits, const Tensor& tokens, const Tensor& temperature, const Tensor& log_probs, float* entropy,
              const Tensor& logsumexp) {
   check_logits(logits, tokens);
-  check_temperature(temperature);
   const int64_t vocabulary = logits.size(-1);
   const Tensor flat_tokens = checked_tokens(tokens, vocabulary);
   const auto offsets = row_offsets(logits);
   const LogProbArgs args = {logits.const_data_ptr(),  offsets.data(),   read_tokens(flat_tokens),
-                            vocabulary,               dtype_of(logits), static_cast<float>(temperature),
+                            vocabulary,               dtype_of(logits), read_temperature(temperature),
                             write(log_probs),         entropy,          write(logsumexp)};
   run(kernels().log_probs, args, tokens.numel(), 1);
 }
 
 void backward(const Tensor& grad_log_probs, const OptionalTensor& grad_entropy, const Tensor& logits,
-              const Tensor& tokens, const Tensor& logsumexp, const OptionalTensor& entropy, double temperature,
+              const Tensor& tokens, const Tensor& logsumexp, const OptionalTensor& entropy, const Tensor& temperature,
               const Tensor& grad_logits) {
   check_logits(logits, tokens);
-  check_temperature(temperature);
   const int64_t vocabulary = logits.size(-1);
   const Tensor flat_tokens = checked_tokens(tokens, vocabulary);
   const Tensor g = floats("grad_log_probs", grad_log_probs, tokens), lse = floats("logsumexp", logsumexp, tokens);
@@ -90,7 +90,7 @@ void backward(const Tensor& grad_log_probs, const OptionalTensor& grad_entropy, 
                                 read_tokens(flat_tokens),
                                 vocabulary,
                                 dtype_of(logits),
-                                static_cast<float>(temperature),
+                                read_temperature(temperature),
                                 read(g),
                                 read(h),
                                 read(lse),
@@ -98,14 +98,14 @@ void backward(const Tensor& grad_log_probs, const OptionalTensor& grad_entropy, 
   run(kernels().log_probs_backward, args, tokens.numel(), 1);
 }
 
-std::tuple<Tensor, Tensor> token_log_probs(const Tensor& logits, const Tensor& tokens, double temperature) {
+std::tuple<Tensor, Tensor> token_log_probs(const Tensor& logits, const Tensor& tokens, const Tensor& temperature) {
   Tensor log_probs = new_floats_like(tokens), logsumexp = new_floats_like(tokens);
   forward(logits, tokens, temperature, log_probs, nullptr, logsumexp);
   return {log_probs, logsumexp};
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_log_probs_and_entropy(const Tensor& logits, const Tensor& tokens,
-                                                               double temperature) {
+                                                               const Tensor& temperature) {
   Tensor log_probs = new_floats_like(tokens), entropy = new_floats_like(tokens), logsumexp = new_floats_like(tokens);
   forward(logits, tokens, temperature, log_probs, write(entropy), logsumexp);
   return {log_probs, entropy, logsumexp};
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> token_log_probs_and_entropy(const Tensor& log
 Tensor new_logits_like(const Tensor& logits) { return torch::stable::empty(logits.sizes(), logits.scalar_type()); }
 
 Tensor token_log_probs_backward(const Tensor& grad_log_probs, const Tensor& logits, const Tensor& tokens,
-                                const Tensor& logsumexp, double temperature) {
+                                const Tensor& logsumexp, const Tensor& temperature) {
   Tensor grad_logits = new_logits_like(logits);
   backward(grad_log_probs, std::nullopt, logits, tokens, logsumexp, std::nullopt, temperature, grad_logits);
   return grad_logits;
@@ -122,20 +122,20 @@ Tensor token_log_probs_backward(const Tensor& grad_log_probs, const Tensor& logi
 
 Tensor token_log_probs_and_entropy_backward(const Tensor& grad_log_probs, const Tensor& grad_entropy,
                                             const Tensor& logits, const Tensor& tokens, const Tensor& logsumexp,
-                                            const Tensor& entropy, double temperature) {
+                                            const Tensor& entropy, const Tensor& temperature) {
   Tensor grad_logits = new_logits_like(logits);
   backward(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature, grad_logits);
   return grad_logits;
 }
 
 void token_log_probs_backward_(const Tensor& grad_log_probs, const Tensor& logits, const Tensor& tokens,
-                               const Tensor& logsumexp, double temperature) {
+                               const Tensor& logsumexp, const Tensor& temperature) {
   backward(grad_log_probs, std::nullopt, logits, tokens, logsumexp, std::nullopt, temperature, logits);
 }
 
 void token_log_probs_and_entropy_backward_(const Tensor& grad_log_probs, const Tensor& grad_entropy,
                                            const Tensor& logits, const Tensor& tokens, const Tensor& logsumexp,
-                                           const Tensor& entropy, double temperature) {
+                                           const Tensor& entropy, const Tensor& temperature) {
   backward(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature, logits);
 }
 

@@ -49,9 +49,8 @@ Tensor grad_like(const Tensor& x, bool wanted) { return wanted ? new_floats_like
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     const Tensor& log_probs, const Tensor& old_log_probs, const Tensor& advantages, const Tensor& mask,
     const OptionalTensor& weights, const OptionalTensor& advantage_stats, const OptionalTensor& entropy,
-    const OptionalTensor& ref_log_probs, const OptionalTensor& denominator, double clip_low, double clip_high,
-    double dual_clip, double log_ratio_clamp, double entropy_coef, double kl_coef, int64_t kl_estimator,
-    bool sequence_ratio, int64_t aggregation, bool needs_grad) {
+    const OptionalTensor& ref_log_probs, const OptionalTensor& denominator, const Tensor& options,
+    int64_t kl_estimator, bool sequence_ratio, int64_t aggregation, bool needs_grad) {
   const Tensor lp = floats("log_probs", log_probs, log_probs);
   const Tensor old = floats("old_log_probs", old_log_probs, log_probs);
   const Tensor adv = floats("advantages", advantages, log_probs);
@@ -59,6 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   const OptionalTensor w = floats("weights", weights, log_probs), ent = floats("entropy", entropy, log_probs),
                        ref = floats("ref_log_probs", ref_log_probs, log_probs);
   require(kl_estimator >= kK1 && kl_estimator <= kAbs, "kl_estimator", "0 to 3: k1, k2, k3, abs");
+  const float* option = numbers("options", options, 6);
+  const float entropy_coef = option[4], kl_coef = option[5];
   float mean = 0.0f, rstd = 1.0f;
   if (advantage_stats.has_value()) {
     require(advantage_stats->dim() == 1 && advantage_stats->size(0) == 2, "advantage_stats", "[2]: mean and 1/std");
@@ -82,12 +83,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
                         d.denominator,
                         mean,
                         rstd,
-                        static_cast<float>(1.0 - clip_low),
-                        static_cast<float>(1.0 + clip_high),
-                        static_cast<float>(dual_clip),
-                        static_cast<float>(log_ratio_clamp),
-                        static_cast<float>(entropy_coef),
-                        static_cast<float>(kl_coef),
+                        1.0f - option[0],
+                        1.0f + option[1],
+                        option[2],
+                        option[3],
+                        entropy_coef,
+                        kl_coef,
                         static_cast<int>(kl_estimator),
                         sequence_ratio,
                         d.per_token_mean,
@@ -140,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
 
 std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const OptionalTensor& old_values,
                                               const Tensor& returns, const Tensor& mask,
-                                              const OptionalTensor& denominator, double clip, int64_t aggregation,
+                                              const OptionalTensor& denominator, const Tensor& clip, int64_t aggregation,
                                               bool needs_grad) {
   const Tensor v = floats("values", values, values), r = floats("returns", returns, values);
   const Tensor kept = bools("mask", mask, values);
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Option
   std::vector<ValueSums> parts(number_of(d.units));
   const ValueArgs args = {read(v),         read(old), read(r),       read_mask(kept),
                           d.units,         d.counts.data(),          d.denominator,
-                          static_cast<float>(clip),   d.per_token_mean, needs_grad ? write(grad) : nullptr,
+                          *numbers("clip", clip, 1),   d.per_token_mean, needs_grad ? write(grad) : nullptr,
                           parts.data()};
   run(kernels().value, args, number_of(d.units), 1 + kUnit / d.units.length);
 
@@ -173,11 +174,12 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Option
 
 // A pair is two numbers; there are never enough of them to need more than this loop.
 std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_reward_loss(const Tensor& chosen, const Tensor& rejected,
-                                                                const OptionalTensor& margin, double center_coef,
+                                                                const OptionalTensor& margin, const Tensor& center_coef,
                                                                 bool needs_grad) {
   const Tensor c = floats("chosen", chosen, chosen), r = floats("rejected", rejected, chosen);
   const OptionalTensor m = floats("margin", margin, chosen);
   Tensor grad_chosen = grad_like(c, needs_grad), grad_rejected = grad_like(c, needs_grad);
+  const double coef = *numbers("center_coef", center_coef, 1);
   const int64_t n = c.numel();
   const double share = n == 0 ? 0.0 : 1.0 / static_cast<double>(n);
   double loss = 0.0, won = 0.0, difference = 0.0, sum_chosen = 0.0, sum_rejected = 0.0;
@@ -185,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_reward_loss(const Tensor& ch
     const double a = read(c)[i], b = read(r)[i], d = a - b, both = a + b;
     const double x = m.has_value() ? d - read(m)[i] : d;
     const double tail = std::exp(-std::abs(x));                // exp never overflows this way round
-    loss += std::max(-x, 0.0) + std::log1p(tail) + center_coef * both * both;
+    loss += std::max(-x, 0.0) + std::log1p(tail) + coef * both * both;
     if (std::isnan(x)) loss = x;  // std::max may have dropped it
     won += d > 0.0 ? 1.0 : d == 0.0 ? 0.5 : 0.0;
     difference += d;
@@ -193,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_reward_loss(const Tensor& ch
     sum_rejected += b;
     if (!needs_grad) continue;
     const double slope = (x > 0.0 ? tail : 1.0) / (1.0 + tail);  // sigmoid(-x)
-    const double center = 2.0 * center_coef * both;
+    const double center = 2.0 * coef * both;
     write(grad_chosen)[i] = static_cast<float>(share * (center - slope));
     write(grad_rejected)[i] = static_cast<float>(share * (center + slope));
   }

@@ -53,12 +53,12 @@ std::tuple<Tensor, Tensor> masked_mean(const Tensor& x, const Tensor& mask) {
 }
 
 std::tuple<Tensor, Tensor> masked_whiten(const Tensor& x, const Tensor& mask, bool shift_mean, bool unbiased,
-                                         double eps) {
+                                         const Tensor& eps) {
   const Tensor kept = floats("x", x, x), m = bools("mask", mask, x);
   Moments total = {0.0, 0.0, 0.0};
   for (const Moments& part : moments_of_units(kept, m, flat_units(x.numel()))) total = combine(total, part);
   const double variance = total.squares / std::max(unbiased ? total.count - 1.0 : total.count, 1.0);
-  const double rstd = 1.0 / std::sqrt(variance + eps);
+  const double rstd = 1.0 / std::sqrt(variance + *numbers("eps", eps, 1));
   Tensor whitened = new_floats_like(x), stats = new_floats({3});
   const auto mean = static_cast<float>(total.mean);
   const WhitenArgs args = {read(kept), read_mask(m),                 write(whitened),

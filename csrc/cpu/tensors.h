@@ -47,6 +47,13 @@ inline OptionalTensor floats(const char* name, const OptionalTensor& x, const Te
   return x.has_value() ? OptionalTensor(floats(name, *x, model)) : std::nullopt;
 }
 
+// The numbers of an op: `count` of them, wherever the other tensors are.
+inline const float* numbers(const char* name, const Tensor& x, int64_t count) {
+  require(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.numel() == count && x.is_contiguous(), name,
+          "the op's numbers, fp32 on CPU (see csrc/ops.cpp)");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
 inline const float* read(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 inline const float* read(const OptionalTensor& x) { return x.has_value() ? read(*x) : nullptr; }
 inline const uint8_t* read_mask(const Tensor& x) { return static_cast<const uint8_t*>(x.const_data_ptr()); }

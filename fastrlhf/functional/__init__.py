@@ -1,28 +1,28 @@
 """What people import: `from fastrlhf import functional as F`. One file per family of ops."""
 
-from fastrlhf.functional.advantages import gae
-from fastrlhf.functional.kl import kl_divergence
+from fastrlhf.functional.advantages import RolloutAdvantages, gae, gae_packed, rollout_advantages
+from fastrlhf.functional.kl import full_kl, kl_divergence
 from fastrlhf.functional.log_probs import token_log_probs, token_log_probs_and_entropy
-from fastrlhf.functional.losses import (
-    PairwiseRewardStats,
-    PPOStats,
-    ValueStats,
-    pairwise_reward_loss,
-    ppo_loss,
-    value_loss,
-)
+from fastrlhf.functional.losses import PPOStats, ValueStats, ppo_loss, value_loss
 from fastrlhf.functional.masked import masked_mean, masked_whiten
+from fastrlhf.functional.preferences import DPOStats, PairwiseRewardStats, dpo_loss, pairwise_reward_loss
 
 __all__ = [
+    "DPOStats",
     "PPOStats",
     "PairwiseRewardStats",
+    "RolloutAdvantages",
     "ValueStats",
+    "dpo_loss",
+    "full_kl",
     "gae",
+    "gae_packed",
     "kl_divergence",
     "masked_mean",
     "masked_whiten",
     "pairwise_reward_loss",
     "ppo_loss",
+    "rollout_advantages",
     "token_log_probs",
     "token_log_probs_and_entropy",
     "value_loss",

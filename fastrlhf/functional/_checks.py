@@ -1,6 +1,7 @@
 """Argument checks: every complaint names the argument, what came and what was wanted."""
 
-import functools
+from __future__ import annotations
+
 import math
 import numbers
 
@@ -23,7 +24,7 @@ def tensor(name: str, x, *, dims: int | None = None, dtypes=FLOATS) -> Tensor:
         raise ValueError(f"{name}: got dtype {_names([x.dtype])}, wanted {_names(dtypes)}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {dims} dimension{'s' * (dims != 1)}")
-    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    dual = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
     if dual and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(f"{name}: got a tangent, wanted none: forward-mode AD is not implemented")
     return x
@@ -51,6 +52,11 @@ def mask(name: str, x, model_name: str, model: Tensor) -> Tensor:
     return x if x.dtype == torch.bool else x != 0
 
 
+def fp32(x: Tensor | None) -> Tensor | None:
+    """As the token-wise kernels take it."""
+    return x if x is None or x.dtype is torch.float32 else x.float()
+
+
 def option(name: str, value, choices: tuple[str, ...]) -> int:
     """The position of `value` among the choices, which is what the raw ops take."""
     if not isinstance(value, str) or value not in choices:
@@ -58,13 +64,20 @@ def option(name: str, value, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
-def number(name: str, value, *, above: float | None = None, least: float | None = None, most: float | None = None):
+def number(
+    name: str, value, *, above: float | None = None, least: float | None = None, most: float | None = None, below=None
+):
     """A finite float within the bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
         raise ValueError(f"{name}: got {type(value).__name__}, wanted a number")
     good = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
+    good = good and (below is None or value < below)
     if not (good and -math.inf < value < math.inf):  # not math.isfinite: under torch.compile value may be symbolic
-        wanted = [f"{sign} {bound}" for sign, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
+        wanted = [
+            f"{sign} {bound}"
+            for sign, bound in ((">", above), (">=", least), ("<=", most), ("<", below))
+            if bound is not None
+        ]
         raise ValueError(f"{name}: got {value}, wanted a finite number {' and '.join(wanted)}".rstrip())
     return value if isinstance(value, float) else float(value)
 
@@ -79,6 +92,17 @@ def temperature(value) -> float:
     return number("temperature", value, least=FP32.tiny, most=FP32.max)
 
 
+def scalars(*values: float) -> Tensor:
+    """Numbers as the raw ops take them: fp32 in CPU memory, where a kernel of any device reads them without a stall.
+
+    As floats they would be constants of torch.compile, and every new value would compile anew. It keeps a float
+    variable in sums of tensors, but not in torch.tensor or torch.full.
+    """
+    if torch.compiler.is_compiling():
+        return torch.stack([torch.zeros((), dtype=torch.float32, device="cpu") + value for value in values])
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 def denominator(value, model: Tensor) -> Tensor | None:
     """The global count, as a scalar tensor on the loss's device, so that a new count recompiles nothing."""
     if value is None:
@@ -87,12 +111,23 @@ def denominator(value, model: Tensor) -> Tensor | None:
         if value.numel() != 1:
             raise ValueError(f"denominator: got shape {tuple(value.shape)}, wanted one number")
         return value.detach().to(device=model.device, dtype=torch.float32).reshape(())
-    return torch.full((), number("denominator", value, above=0.0), dtype=torch.float32, device=model.device)
+    value = number("denominator", value, above=0.0)
+    if torch.compiler.is_compiling():  # see scalars
+        return torch.zeros((), dtype=torch.float32, device=model.device) + value
+    return torch.full((), value, dtype=torch.float32, device=model.device)
 
 
 def sequences(name: str, x: Tensor, because: str) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted [B, T], because {because}")
+
+
+def vocabulary(name: str, x: Tensor) -> None:
+    """Rows [..., V] that a kernel can walk along."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted at least one entry in the vocabulary")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: got strides {x.stride()}, wanted a last stride of 1; call .contiguous()")
 
 
 def writable_rows(name: str, x: Tensor, because: str) -> None:
@@ -112,31 +147,3 @@ def writable_rows(name: str, x: Tensor, because: str) -> None:
             f"{name}: got a leaf that requires grad (or a view of one), wanted the result of an operation, because "
             f"{because}: its .grad would be its own memory"
         )
-
-
-class _Refusal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise NotImplementedError("double backward is not implemented for the ops of fastrlhf")
-
-
-def once_differentiable(backward):
-    """For backward functions that autograd must not differentiate: whoever tries gets an error.
-
-    torch's decorator of that name hands out plain numbers where the incoming gradient needs no gradient, which it
-    never does under a loss: the second derivative would silently be 0.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx, *grads):
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        return tuple(None if x is None else _Refusal.apply(x.detach().requires_grad_()) for x in results)
-
-    return wrapper

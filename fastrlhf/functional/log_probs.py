@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastrlhf import backends  # noqa: F401  (loads the ops)
 from fastrlhf.functional import _checks as check
+from fastrlhf.functional._autograd import checked_once, differentiable, once_differentiable
 
 ops = torch.ops.fastrlhf
 
@@ -16,8 +17,7 @@ def token_log_probs(
 
     logits: [..., V], fp32, bf16 or fp16; rows may be strided, the last dimension contiguous.
     tokens: [...], int64 in [0, V), or -100 for positions to ignore (row not read, result 0, gradient 0).
-    temperature: a positive normal fp32 number. Under torch.compile a new value recompiles, because torch takes the
-        floats of custom ops as constants.
+    temperature: a positive normal fp32 number.
     inplace_backward: write the gradient over the logits (they are garbage afterwards; saves V values a row). Their rows
         must not overlap, and they must not be a leaf that requires grad. Under torch.compile the compiler plans the
         memory and this is ignored; the numbers are the same.
@@ -30,8 +30,9 @@ def token_log_probs(
     temperature = _check(logits, tokens, temperature)
     if inplace_backward and not torch.compiler.is_compiling():
         check.writable_rows("logits", logits, "inplace_backward=True writes the gradient over them")
-        return _InPlace.apply(ops.token_log_probs, ops.token_log_probs_backward_, logits, tokens, temperature)[0]
-    return ops.token_log_probs(logits, tokens, temperature)[0]
+        both = (ops.token_log_probs.default, ops.token_log_probs_backward_.default)
+        return _InPlace.apply(*both, logits, tokens, temperature)[0]
+    return _token_log_probs(logits, tokens, temperature)[0]
 
 
 def token_log_probs_and_entropy(
@@ -47,12 +48,12 @@ def token_log_probs_and_entropy(
     temperature = _check(logits, tokens, temperature)
     if inplace_backward and not torch.compiler.is_compiling():
         check.writable_rows("logits", logits, "inplace_backward=True writes the gradient over them")
-        both = (ops.token_log_probs_and_entropy, ops.token_log_probs_and_entropy_backward_)
+        both = (ops.token_log_probs_and_entropy.default, ops.token_log_probs_and_entropy_backward_.default)
         return _InPlace.apply(*both, logits, tokens, temperature)
-    return ops.token_log_probs_and_entropy(logits, tokens, temperature)[:2]
+    return _token_log_probs_and_entropy(logits, tokens, temperature)[:2]
 
 
-def _check(logits: Tensor, tokens: Tensor, temperature: float) -> float:
+def _check(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     check.tensor("logits", logits)
     check.tensor("tokens", tokens, dtypes=(torch.int64,))
     check.same_device("tokens", tokens, "logits", logits)
@@ -61,11 +62,14 @@ def _check(logits: Tensor, tokens: Tensor, temperature: float) -> float:
             f"tokens: got shape {tuple(tokens.shape)}, wanted {tuple(logits.shape[:-1])}, the shape of logits "
             f"{tuple(logits.shape)} without the vocabulary"
         )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one entry in the vocabulary")
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(f"logits: got strides {logits.stride()}, wanted a last stride of 1; call .contiguous()")
-    return check.temperature(temperature)
+    check.vocabulary("logits", logits)
+    return temperature_number(temperature)
+
+
+@checked_once
+def temperature_number(temperature: float) -> Tensor:
+    """As the raw ops take it."""
+    return check.scalars(check.temperature(temperature))
 
 
 # Autograd. The backward passes rebuild p from the logits and their logsumexp; nothing of size [N, V] is kept.
@@ -79,14 +83,12 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-@check.once_differentiable
 def _backward(ctx, grad_log_probs, _grad_logsumexp):
     if grad_log_probs is None or not ctx.needs_input_grad[0]:
         return None, None, None
     return ops.token_log_probs_backward(grad_log_probs, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-@check.once_differentiable
 def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_logsumexp):
     if not ctx.needs_input_grad[0] or (grad_log_probs is None and grad_entropy is None):
         return None, None, None
@@ -101,8 +103,8 @@ def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_logsumexp):
     return grad, None, None
 
 
-torch.library.register_autograd("fastrlhf::token_log_probs", _backward, setup_context=_setup)
-torch.library.register_autograd("fastrlhf::token_log_probs_and_entropy", _backward_with_entropy, setup_context=_setup)
+_token_log_probs = differentiable("token_log_probs", _setup, _backward)
+_token_log_probs_and_entropy = differentiable("token_log_probs_and_entropy", _setup, _backward_with_entropy)
 
 
 class _InPlace(torch.autograd.Function):
@@ -116,7 +118,7 @@ class _InPlace(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @check.once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         logits, *saved = ctx.saved_tensors
         logits = logits.detach()

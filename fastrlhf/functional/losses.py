@@ -1,9 +1,9 @@
-"""The losses of PPO and of reward models. Loss, gradients and statistics come out of the same pass over the tokens.
+"""The losses of PPO. Loss, gradients and statistics come out of the same pass over the tokens.
 
-Reverse mode only, once: forward-mode AD and double backward raise NotImplementedError. Under torch.compile a new value
-of a Python-number option (a coefficient, a clip) recompiles, because torch takes the floats of custom ops as constants;
-`denominator` does not.
+Reverse mode only, once: forward-mode AD and double backward raise NotImplementedError.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from fastrlhf import backends  # noqa: F401  (loads the ops)
 from fastrlhf.fallback import AGGREGATIONS, KL_ESTIMATORS
 from fastrlhf.functional import _checks as check
-
-ops = torch.ops.fastrlhf
+from fastrlhf.functional._autograd import checked_once, differentiable, known_gradients
 
 
 class PPOStats(NamedTuple):
@@ -40,15 +39,6 @@ class ValueStats(NamedTuple):
     return_mean: Tensor
     explained_variance: Tensor  # 1 - Var(returns - values) / Var(returns); 0 if the returns are all equal
     tokens: Tensor  # how many counted
-
-
-class PairwiseRewardStats(NamedTuple):
-    """Scalars on the loss's device, without gradient; means over the pairs."""
-
-    accuracy: Tensor  # share of pairs in the right order; a tie is half
-    difference: Tensor  # chosen - rejected
-    chosen: Tensor
-    rejected: Tensor
 
 
 def ppo_loss(
@@ -102,8 +92,18 @@ def ppo_loss(
     for name, x in (constants | {name: x for name, x in optional.items() if x is not None}).items():
         check.like(name, x, "log_probs", log_probs)
     mask = check.mask("mask", mask, "log_probs", log_probs)
-    sequence_ratio = check.option("ratio_level", ratio_level, ("token", "sequence")) == 1
-    aggregation_index = check.option("aggregation", aggregation, AGGREGATIONS)
+    numbers, indices = _ppo_options(
+        clip_low,
+        clip_high,
+        dual_clip,
+        log_ratio_clamp,
+        entropy_coef,
+        kl_coef,
+        kl_estimator,
+        ratio_level,
+        aggregation,
+    )
+    _, sequence_ratio, aggregation_index = indices
     if sequence_ratio:
         check.sequences("log_probs", log_probs, "ratio_level='sequence'")
     if aggregation_index:
@@ -113,7 +113,6 @@ def ppo_loss(
         check.same_device("advantage_stats", advantage_stats, "log_probs", log_probs)
         if advantage_stats.shape[0] != 2:
             raise ValueError(f"advantage_stats: got shape {tuple(advantage_stats.shape)}, wanted (2,): mean and 1/std")
-    entropy_coef, kl_coef = check.number("entropy_coef", entropy_coef), check.number("kl_coef", kl_coef)
     if entropy is None and entropy_coef:
         raise ValueError(f"entropy: got None, wanted a tensor, because entropy_coef={entropy_coef}")
     if ref_log_probs is None and kl_coef:
@@ -122,28 +121,38 @@ def ppo_loss(
     needs_grad = torch.is_grad_enabled() and (
         log_probs.requires_grad or (entropy is not None and entropy.requires_grad)
     )
-    loss, stats, _, _ = ops.ppo_loss(
-        log_probs.float(),
-        _constant(old_log_probs),
-        _constant(advantages),
+    loss, stats, _, _ = _ppo_loss(
+        check.fp32(log_probs),
+        check.fp32(old_log_probs),
+        check.fp32(advantages),
         mask,
-        _constant(weights),
-        _constant(advantage_stats),
-        None if entropy is None else entropy.float(),
-        _constant(ref_log_probs),
+        check.fp32(weights),
+        check.fp32(advantage_stats),
+        check.fp32(entropy),
+        check.fp32(ref_log_probs),
         check.denominator(denominator, log_probs),
+        numbers,
+        *indices,
+        needs_grad,
+    )
+    return loss, PPOStats(*stats.unbind())
+
+
+@checked_once
+def _ppo_options(
+    clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef, kl_estimator, ratio_level, aggregation
+) -> tuple[Tensor, tuple[int, bool, int]]:
+    numbers = check.scalars(
         check.number("clip_low", clip_low, least=0.0, most=1.0),
         check.number("clip_high", clip_high, least=0.0),
         check.limit("dual_clip", dual_clip, above=1.0),
         check.limit("log_ratio_clamp", log_ratio_clamp),
-        entropy_coef,
-        kl_coef,
-        check.option("kl_estimator", kl_estimator, KL_ESTIMATORS),
-        sequence_ratio,
-        aggregation_index,
-        needs_grad,
+        check.number("entropy_coef", entropy_coef),
+        check.number("kl_coef", kl_coef),
     )
-    return loss, PPOStats(*stats.unbind())
+    estimator = check.option("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    sequence_ratio = check.option("ratio_level", ratio_level, ("token", "sequence")) == 1
+    return numbers, (estimator, sequence_ratio, check.option("aggregation", aggregation, AGGREGATIONS))
 
 
 def value_loss(
@@ -172,91 +181,32 @@ def value_loss(
     elif clip is not None:
         raise ValueError(f"old_values: got None, wanted a tensor, because clip={clip}")
     mask = check.mask("mask", mask, "values", values)
-    aggregation_index = check.option("aggregation", aggregation, AGGREGATIONS)
+    limit, aggregation_index = _value_options(clip, aggregation)
     if aggregation_index:
         check.sequences("values", values, f"aggregation={aggregation!r}")
-    loss, stats, _ = ops.value_loss(
-        values.float(),
-        None if clip is None else _constant(old_values),
-        _constant(returns),
+    loss, stats, _ = _value_loss(
+        check.fp32(values),
+        None if clip is None else check.fp32(old_values),
+        check.fp32(returns),
         mask,
         check.denominator(denominator, values),
-        check.limit("clip", clip),
+        limit,
         aggregation_index,
         torch.is_grad_enabled() and values.requires_grad,
     )
     return loss, ValueStats(*stats.unbind())
 
 
-def pairwise_reward_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, center_coef: float = 0.0
-) -> tuple[Tensor, PairwiseRewardStats]:
-    """The Bradley-Terry loss of a reward model on pairs of which one was preferred.
-
-    chosen, rejected: [B], fp32, bf16 or fp16, the scores. Gradient goes to both.
-    margin: [B], how much better the chosen one should be (Llama 2, arXiv:2307.09288, equation 2).
-    center_coef: weight of (chosen + rejected)^2, which holds the scores near 0 (Eisenstein et al. 2023,
-        arXiv:2312.09244).
-    Returns (loss, PairwiseRewardStats), the mean over the pairs, an fp32 scalar; 0 for no pairs. Raises ValueError.
-
-    L = mean of -log sigmoid(chosen - rejected - margin) + center_coef (chosen + rejected)^2. Ouyang et al. 2022
-    (arXiv:2203.02155), equation 1.
-    """
-    check.tensor("chosen", chosen, dims=1)
-    check.like("rejected", rejected, "chosen", chosen)
-    if margin is not None:
-        check.like("margin", margin, "chosen", chosen)
-    center_coef = check.number("center_coef", center_coef, least=0.0)
-    needs_grad = torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad)
-    loss, stats, _, _ = ops.pairwise_reward_loss(
-        chosen.float(), rejected.float(), _constant(margin), center_coef, needs_grad
-    )
-    return loss, PairwiseRewardStats(*stats.unbind())
+@checked_once
+def _value_options(clip, aggregation) -> tuple[Tensor, int]:
+    return check.scalars(check.limit("clip", clip)), check.option("aggregation", aggregation, AGGREGATIONS)
 
 
-def _constant(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float()
+# Inputs are passed on with their graphs; the backward passes give gradient to those the docstrings name, and no others.
 
 
-# Autograd. The ops return their gradients beside the loss; the backward pass scales them by what arrives.
-
-
-def _setup(count: int):
-    """For an op that returns (loss, stats, *count gradients)."""
-
-    def setup(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*output[2 : 2 + count])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    return setup
-
-
-def _scaled(ctx, grad, input_index: int, saved_index: int) -> Tensor | None:
-    if grad is None or not ctx.needs_input_grad[input_index]:
-        return None
-    return grad * ctx.saved_tensors[saved_index]
-
-
-@check.once_differentiable
-def _ppo_backward(ctx, grad, *_):
-    entropy_grad = _scaled(ctx, grad, 6, 1)
-    return _scaled(ctx, grad, 0, 0), *[None] * 5, entropy_grad, *[None] * 12
-
-
-@check.once_differentiable
-def _value_backward(ctx, grad, *_):
-    return _scaled(ctx, grad, 0, 0), *[None] * 7
-
-
-@check.once_differentiable
-def _pairwise_backward(ctx, grad, *_):
-    return _scaled(ctx, grad, 0, 0), _scaled(ctx, grad, 1, 1), None, None, None
-
-
-torch.library.register_autograd("fastrlhf::ppo_loss", _ppo_backward, setup_context=_setup(2))
-torch.library.register_autograd("fastrlhf::value_loss", _value_backward, setup_context=_setup(1))
-torch.library.register_autograd("fastrlhf::pairwise_reward_loss", _pairwise_backward, setup_context=_setup(2))
+_ppo_loss = differentiable("ppo_loss", *known_gradients({0: 2, 6: 3}, arguments=14))
+_value_loss = differentiable("value_loss", *known_gradients({0: 2}, arguments=8))
 
 
 @torch.library.register_fake("fastrlhf::ppo_loss")
@@ -272,10 +222,3 @@ def _(log_probs, old_log_probs, advantages, mask, weights, advantage_stats, entr
 def _(values, old_values, returns, mask, denominator, clip, aggregation, needs_grad):
     stats = values.new_empty(len(ValueStats._fields))
     return values.new_empty(()), stats, values.new_empty(values.shape if needs_grad else (0,))
-
-
-@torch.library.register_fake("fastrlhf::pairwise_reward_loss")
-def _(chosen, rejected, margin, center_coef, needs_grad):
-    stats = chosen.new_empty(len(PairwiseRewardStats._fields))
-    shape = chosen.shape if needs_grad else (0,)
-    return chosen.new_empty(()), stats, chosen.new_empty(shape), chosen.new_empty(shape)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from fastrlhf import backends  # noqa: F401  (loads the ops)
 from fastrlhf.functional import _checks as check
-
-ops = torch.ops.fastrlhf
+from fastrlhf.functional._autograd import checked_once, differentiable
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -18,15 +17,15 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     check.tensor("x", x)
     mask = check.mask("mask", mask, "x", x)
     if dim is None:
-        return ops.masked_mean(x.float().reshape(1, -1), mask.reshape(1, -1))[0].reshape(())
+        return _masked_mean(check.fp32(x).reshape(1, -1), mask.reshape(1, -1))[0].reshape(())
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise ValueError(f"dim: got {dim!r}, wanted one dimension of x as an int, or None")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: got {dim}, wanted a dimension of x, which has shape {tuple(x.shape)}")
-    x, mask = x.float().movedim(dim, -1), mask.movedim(dim, -1)
+    x, mask = check.fp32(x).movedim(dim, -1), mask.movedim(dim, -1)
     rows, columns = x.shape[:-1], x.shape[-1]
     shape = (rows.numel(), columns)
-    return ops.masked_mean(x.reshape(shape), mask.reshape(shape))[0].reshape(rows)
+    return _masked_mean(x.reshape(shape), mask.reshape(shape))[0].reshape(rows)
 
 
 def masked_whiten(
@@ -41,8 +40,12 @@ def masked_whiten(
     """
     check.tensor("x", x)
     mask = check.mask("mask", mask, "x", x)
-    eps = check.number("eps", eps, least=0.0)
-    return ops.masked_whiten(x.float(), mask, bool(shift_mean), bool(unbiased), eps)[0]
+    return _masked_whiten(check.fp32(x), mask, bool(shift_mean), bool(unbiased), _eps(eps))[0]
+
+
+@checked_once
+def _eps(eps) -> Tensor:
+    return check.scalars(check.number("eps", eps, least=0.0))
 
 
 def _mean_setup(ctx, inputs, output) -> None:
@@ -61,7 +64,6 @@ def _whiten_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-@check.once_differentiable
 def _whiten_backward(ctx, grad, _grad_stats):
     mask, whitened, stats = ctx.saved_tensors
     mean, rstd, count = stats.unbind()
@@ -75,8 +77,8 @@ def _whiten_backward(ctx, grad, _grad_stats):
     return torch.where(mask, grad_x, 0.0), None, None, None, None
 
 
-torch.library.register_autograd("fastrlhf::masked_mean", _mean_backward, setup_context=_mean_setup)
-torch.library.register_autograd("fastrlhf::masked_whiten", _whiten_backward, setup_context=_whiten_setup)
+_masked_mean = differentiable("masked_mean", _mean_setup, _mean_backward, times=2)  # linear: it needs nothing of x
+_masked_whiten = differentiable("masked_whiten", _whiten_setup, _whiten_backward)
 
 
 @torch.library.register_fake("fastrlhf::masked_mean")

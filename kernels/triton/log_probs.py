@@ -337,6 +337,7 @@ def _check_layout(logits):
 
 def _forward(logits, tokens, temperature, entropy):
     _check_layout(logits)
+    temperature = float(temperature)
     V = logits.shape[-1]
     tokens = tokens.contiguous()
     log_probs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
@@ -363,6 +364,7 @@ def _forward(logits, tokens, temperature, entropy):
 def _backward(grad_logits, grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
     """Writes into grad_logits, which is contiguous or the same tensor as logits."""
     _check_layout(logits)
+    temperature = float(temperature)
     V = logits.shape[-1]
     if tokens.numel() == 0:
         return
@@ -392,6 +394,7 @@ def token_log_probs(logits, tokens, temperature):
     """Log-probability of each token under softmax(logits / temperature), and the logsumexp the backward needs.
 
     logits: [..., V], fp32, bf16 or fp16; any strides but the last, which is 1. tokens: [...], int64, -100 = ignored.
+    temperature: a number, as a tensor in CPU memory.
     Returns log_probs [...] and logsumexp(logits / temperature) [...], fp32, 0 where ignored. A GPU cannot raise for a
     token outside [0, V) without a host sync: it reads nothing and gives NaN.
     """
