@@ -2,8 +2,10 @@
 
 Launches every Triton kernel through the functions that users reach, with a driver that pretends to be a GPU and stops
 before the launch, so what is read here is the code a GPU would run: registers, spills, shared memory, and the width of
-global loads and stores. Exits with 1 unless, for every op, dtype and architecture, nothing spills, the loop over the
-vocabulary moves 128 bits an access, and one binary serves every V, temperature, stride and alignment.
+global loads and stores. Exits with 1 unless, for every kernel, op, dtype and architecture, nothing spills, one binary
+serves all sizes, temperatures, strides and alignments, and loops over the vocabulary move 128 bits an access.
+
+What is launched of kernels/triton/<family>.py stands in bench/audit/<family>.py; see load_family.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,24 +29,28 @@ from triton.runtime.jit import JITFunction
 ARCHS = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "triton"
+FAMILIES = Path(__file__).resolve().parent / "audit"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 LARGEST_GRID_YZ = 65535
 
 
 @dataclass
 class Audit:
-    """One op in one dtype on one architecture."""
+    """One kernel of one op in one dtype on one architecture."""
 
     op: str
+    kernel: str
     dtype: str
     arch: int
     binaries: int
     registers: int
     spills: int  # loads from and stores to local memory
     shared: int  # bytes a block
-    loads: dict[int, int]  # of the loop over aligned rows: {bits: instructions}
+    loads: dict[
+        int, int
+    ]  # of the loop that moves most an access (of the whole kernel if none moves any): {bits: how many}
     stores: dict[int, int]
-    instructions: float  # of the same loop, per element
+    instructions: float | None  # of the same loop, per element
     problems: list[str] = field(default_factory=list)
 
 
@@ -79,43 +86,31 @@ def compile_only(arch):
         yield launches
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(f"audited_{path.stem}", path)
+def load(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def log_probs_ops(ops, dtype):
-    """{op: [launches that differ in all that must not matter]}; the first launch is the ordinary one."""
-
-    def rows(V, n=3, skip=0):
-        return torch.zeros(n * V + skip, dtype=dtype)[skip:].view(n, V)
-
-    sliced = torch.zeros(2, 4, 40, dtype=dtype)[:, :-1]
-    far = torch.zeros(1, 8, dtype=dtype).expand(2, 70_000, 8)
-    cases = [(rows(4096), 1.0), (rows(151_936), 0.7), (rows(50_257), 1), (rows(1), 2.0), (rows(16), 1 / 3)]
-    cases += [(rows(1000, skip=1), 1.0), (rows(17, n=1), 0.1), (sliced, 1.0), (far, 1.0)]
-    launches = {name: [] for name in vars(ops) if name.startswith("token_log_probs") and not name.endswith("_")}
-    for logits, temperature in cases:
-        tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64)
-        x = torch.zeros(tokens.shape)
-        in_place = logits.clone()
-        calls = {
-            "token_log_probs": (logits, tokens, temperature),
-            "token_log_probs_and_entropy": (logits, tokens, temperature),
-            "token_log_probs_backward": (x, logits, tokens, x, temperature),
-            "token_log_probs_and_entropy_backward": (x, x, logits, tokens, x, x, temperature),
-        }
-        for name, args in calls.items():
-            launches[name].append((getattr(ops, name), args))
-            if name.endswith("backward"):
-                args = tuple(in_place if arg is logits else arg for arg in args)
-                launches[name].append((getattr(ops, name + "_"), args))
-    return launches
+def load_kernels(path):
+    """The kernel file at path, as part of a package, since it may import its neighbours."""
+    package = types.ModuleType("audited")
+    package.__path__ = [str(path.parent)]
+    with mock.patch.dict(sys.modules, {"audited": package}):
+        return importlib.import_module(f"audited.{path.stem}")
 
 
-FAMILIES = {"log_probs": log_probs_ops}
+def load_family(name):
+    """bench/audit/<name>.py, or None: what is launched of the kernel file of that name, and what is required of it.
+
+    launches(ops, dtype) -> {op: [(function, args), ...]}: calls that differ in all that must not matter, the ordinary
+        one first. Where an option chooses between binaries, name one op for each, as in "op[option]".
+    WIDE: names of the kernels whose loop over the vocabulary must move 128 bits an access (none).
+    DTYPES: those that launches is called with (fp32, bf16, fp16).
+    """
+    path = FAMILIES / f"{name}.py"
+    return load(path, f"audit_of_{name}") if path.exists() else None
 
 
 def disassemble(cubin):
@@ -153,17 +148,21 @@ def widths(body, opcode):
     return found
 
 
-def inspect(op, dtype, arch, binaries):
+def inspect(op, kernel, dtype, arch, binaries, wide):
     usage, code = disassemble(binaries[0].asm["cubin"])
     accesses = [(widths(body, r"LDG(?:STS)?"), widths(body, "STG"), len(body)) for body in loops(code)]
     accesses = [x for x in accesses if x[0]]
     # The loop over aligned rows is the one without narrow accesses; the others treat ends and unaligned rows.
     # A backward pass also has one that only reads, for rows whose statistics it computes again.
-    best = max(accesses, key=lambda x: (min((*x[0], *x[1])), bool(x[1]), sum(x[0].values())), default=({0: 0}, {}, 0))
+    best = max(accesses, key=lambda x: (min((*x[0], *x[1])), bool(x[1]), sum(x[0].values())), default=None)
+    if best is None:
+        lines = [line for _, line in code]
+        best = (widths(lines, r"LDG(?:STS)?"), widths(lines, "STG"), 0)
     reads, writes, size = best
     elements = sum(bits * n for bits, n in reads.items()) / (dtype.itemsize * 8)
     audit = Audit(
         op=op,
+        kernel=kernel,
         dtype=str(dtype).removeprefix("torch."),
         arch=arch,
         binaries=len(binaries),
@@ -172,42 +171,65 @@ def inspect(op, dtype, arch, binaries):
         shared=binaries[0].metadata.shared,
         loads=reads,
         stores=writes,
-        instructions=round(size / elements, 1) if elements else 0.0,
+        instructions=round(size / elements, 1) if size else None,
     )
     if audit.spills or usage["STACK"] or usage["LOCAL"]:
         audit.problems.append(f"spills: {audit.spills} accesses to local memory, stack of {usage['STACK']} bytes")
-    if min((*reads, *writes)) < 128:
+    if wide and (not size or min((*reads, *writes)) < 128):
         audit.problems.append(f"accesses narrower than 128 bits in the best loop: {reads} {writes}")
-    if op.endswith("backward") and not writes:
+    if wide and op.endswith("backward") and not writes:
         audit.problems.append("no stores in the best loop")
     if audit.binaries != 1:
         audit.problems.append(f"{audit.binaries} binaries where one should serve")
     return audit
 
 
-def audit(archs=ARCHS, dtypes=DTYPES):
-    """Audits of every op x dtype x architecture. Raises if a file or a kernel of kernels/triton is left out."""
+def audit_op(op, calls, dtype, arch, wide=()):
+    """Audits of the kernels that calls launch."""
+    with compile_only(arch) as launches:
+        for function, args in calls:
+            function(*args)
+    audits = []
+    for kernel in dict.fromkeys(name for name, _, _ in launches):
+        binaries = list({id(binary): binary for name, _, binary in launches if name == kernel}.values())
+        audits.append(inspect(op, kernel, dtype, arch, binaries, kernel in wide))
+        if any(max(grid[1:], default=0) > LARGEST_GRID_YZ for name, grid, _ in launches if name == kernel):
+            audits[-1].problems.append("grid too large in y or z")
+    return audits
+
+
+def kernels_of(module):
+    """Names of the Triton kernels that a file holds: functions named *_kernel; the others are inlined into them."""
+    return {name for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
+
+
+def audit(archs=ARCHS, only=None):
+    """Audits of every kernel x op x dtype x architecture, of the files of kernels/triton named in only (all).
+
+    Raises if a file that has kernels has no bench/audit/<file>.py, or if that launches fewer than the file has.
+    """
     audits = []
     for path in sorted(KERNELS.glob("[!_]*.py")):
-        module = load(path)
-        kernels = {name for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
-        if kernels and path.stem not in FAMILIES:
-            raise SystemExit(f"{path.name} has kernels but no entry in FAMILIES: {sorted(kernels)}")
-        launched = set()
-        for arch in archs if kernels else ():
-            for dtype in dtypes:
-                for op, calls in FAMILIES[path.stem](module, dtype).items():
-                    with compile_only(arch) as launches:
-                        for function, args in calls:
-                            function(*args)
-                    binaries = list({id(binary): binary for _, _, binary in launches}.values())
-                    result = inspect(op, dtype, arch, binaries)
-                    if any(max(grid[1:], default=0) > LARGEST_GRID_YZ for _, grid, _ in launches):
-                        result.problems.append("grid too large in y or z")
-                    launched |= {name for name, _, _ in launches}
-                    audits.append(result)
-        if archs and kernels != launched:
-            raise SystemExit(f"{path.name}: never launched: {sorted(kernels - launched)}")
+        if only and path.stem not in only:
+            continue
+        module = load_kernels(path)
+        kernels = kernels_of(module)
+        if not kernels:
+            continue
+        family = load_family(path.stem)
+        if family is None:
+            raise SystemExit(f"{path.name} has kernels but no bench/audit/{path.name}: {sorted(kernels)}")
+        wide = getattr(family, "WIDE", set())
+        found = []
+        for arch in archs:
+            for dtype in getattr(family, "DTYPES", DTYPES):
+                for op, calls in family.launches(module, dtype).items():
+                    found += audit_op(op, calls, dtype, arch, wide)
+        if archs and kernels - {a.kernel for a in found}:
+            raise SystemExit(f"{path.name}: never launched: {sorted(kernels - {a.kernel for a in found})}")
+        if wide - kernels:
+            raise SystemExit(f"{path.name}: WIDE names what is no kernel: {sorted(wide - kernels)}")
+        audits += found
     return audits
 
 
@@ -215,9 +237,22 @@ def table(audits):
     def moves(a):
         return (" + ".join(f"{n} x {bits}" for bits, n in sorted(x.items())) or "-" for x in (a.loads, a.stores))
 
-    head = ("op", "dtype", "arch", "binaries", "regs", "spills", "shared", "loads", "stores", "instr/elem")
+    head = ("op", "kernel", "dtype", "arch", "binaries", "regs", "spills", "shared", "loads", "stores", "instr/elem")
     rows = [
-        (*(a.op, a.dtype, f"sm_{a.arch}", a.binaries, a.registers, a.spills, a.shared), *moves(a), a.instructions)
+        (
+            *(
+                a.op,
+                a.kernel.strip("_").removesuffix("_kernel"),
+                a.dtype,
+                f"sm_{a.arch}",
+                a.binaries,
+                a.registers,
+                a.spills,
+            ),
+            a.shared,
+            *moves(a),
+            "-" if a.instructions is None else a.instructions,
+        )
         for a in audits
     ]
     size = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
@@ -227,17 +262,23 @@ def table(audits):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
+    parser.add_argument("--family", nargs="+", help="files of kernels/triton, such as log_probs (all)")
     parser.add_argument("--json", type=Path, help="also write the audits to this file")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled. Unset it.")
-    audits = audit(args.arch)
+    audits = audit(args.arch, args.family)
     print(table(audits))
-    print("\nloads, stores, instr/elem: of the vocabulary loop over 16-byte aligned rows; accesses x bits, per thread")
+    print(
+        "\nloads, stores (accesses x bits), instr/elem: of the loop over 16-byte aligned rows, else of the whole kernel"
+    )
     if args.json:
         args.json.write_text(json.dumps([asdict(a) for a in audits], indent=1))
-    problems = [f"{a.op} {a.dtype} sm_{a.arch}: {problem}" for a in audits for problem in a.problems]
-    print("\n".join(problems) or f"{len(audits)} binaries: no spills, 128-bit accesses, one for all sizes")
+    problems = [f"{a.op} {a.kernel} {a.dtype} sm_{a.arch}: {problem}" for a in audits for problem in a.problems]
+    print(
+        "\n".join(problems)
+        or f"{len(audits)} binaries: no spills, 128-bit accesses over the vocabulary, one for all sizes"
+    )
     sys.exit(bool(problems))
 
 
