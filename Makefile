@@ -1,20 +1,21 @@
 # make demo        the whole way from a clone: environment, SFT, reward model, PPO, and the numbers in runs/demo
 # make demo QUICK=1   every stage in a few minutes, without targets
 # make test        all tests          make lint   style          make gpu-audit   GPU kernels, compiled without a GPU
+# make bench       the ops beside their peers, which it installs in .venv-bench; results in bench/results
 # make clean       takes away what these made, but not runs/
 #
 # PYTHON  the Python to make .venv with (3.10 or newer)
 # TORCH   what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-# ARGS    more arguments, for `fastrlhf demo` or for pytest
+# ARGS    more arguments, for `fastrlhf demo` for pytest or for `fastrlhf bench kernels`
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+PIP := python -m pip install --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test lint gpu-audit clean
+.PHONY: demo test lint gpu-audit bench clean
 
 demo: .venv/.demo
 	$(BIN)/fastrlhf demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
@@ -29,25 +30,40 @@ lint: .venv/.test
 gpu-audit: .venv/.test
 	$(BIN)/python bench/gpu_audit.py
 
+bench: .venv-bench/.peers
+	.venv-bench/bin/fastrlhf bench kernels $(ARGS)
+	.venv-bench/bin/python -m fastrlhf.bench.readme
+
 clean:
-	rm -rf .venv build *.egg-info fastrlhf/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-bench build *.egg-info fastrlhf/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each step of the installation leaves a stamp and is not repeated until what it depends on changes.
 # The C++ part is built against the torch that is there, so torch comes first and pip builds without isolation.
-.venv/.torch:
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null \
-	    || { echo "Installing $(TORCH)"; $(PIP) $(TORCH); }
-	$(PIP) "setuptools>=77" wheel
+.venv/.torch .venv-bench/.torch:
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null \
+	    || { echo "Installing $(TORCH)"; $(@D)/bin/$(PIP) $(TORCH); }
+	$(@D)/bin/$(PIP) "setuptools>=77" wheel
 	@touch $@
 
 .venv/.demo: .venv/.torch $(SOURCES)
 	@echo "Installing fastrlhf"
-	$(PIP) --no-build-isolation -e ".[demo]"
+	$(BIN)/$(PIP) --no-build-isolation -e ".[demo]"
 	@touch $@
 
 .venv/.test: .venv/.torch $(SOURCES)
 	@echo "Installing fastrlhf with its tests"
-	$(PIP) --no-build-isolation -e ".[test,demo]"
+	$(BIN)/$(PIP) --no-build-isolation -e ".[test,demo]"
 	@touch .venv/.demo $@
+
+# bench/peers.txt says why those come without their requirements. The constraint keeps torch as it is. TRL's PPO and its
+# Triton kernel are not in one release: the later one lies beside the other as trl_latest.
+.venv-bench/.peers: .venv-bench/.torch $(SOURCES) bench/peers.txt
+	@echo "Installing fastrlhf and its peers"
+	@$(@D)/bin/python -m pip freeze | grep -i '^torch==' > $(@D)/constraints.txt
+	$(@D)/bin/$(PIP) -c $(@D)/constraints.txt --no-build-isolation -e ".[demo,bench]"
+	$(@D)/bin/$(PIP) --no-deps -r bench/peers.txt
+	$(@D)/bin/$(PIP) --no-deps --upgrade trl==1.16.0 \
+	    --target $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl_latest
+	@touch $@

@@ -1,4 +1,4 @@
-"""Writes the measured tables of the README from the committed results: `python bench/readme.py`.
+"""Writes the measured tables of the README from the committed results: `python -m fastrlhf.bench.readme`.
 
 With --check it only says whether the README is up to date (exit 1 if not).
 """
@@ -9,32 +9,143 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+from fastrlhf.bench import accuracy, records, report
 from fastrlhf.demo.report import measures, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 
+FAMILIES = {"log_probs": "From logits", "advantages": "Advantages", "losses": "Losses"}
+VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
+NOTHING = "No results are committed yet."
 
-def demo_table() -> str:
+
+def demo_table(folder: Path) -> str:
     """The demo's table for each machine it was measured on."""
     parts = []
-    for path in sorted(RESULTS.glob("*/demo.json")):
+    for path in sorted(folder.glob("*/demo.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        lines = ["| | SFT | PPO |", "|---|--:|--:|", *(f"| {a} | {b} | {c} |" for a, b, c in rows(summary))]
-        parts.append(f"{summary['machine']}:\n\n" + "\n".join(lines) + f"\n\n{measures(summary)}")
+        body = table(["", "SFT", "PPO"], rows(summary))
+        parts.append(f"{summary['machine']}:\n\n{body}\n\n{measures(summary)}")
     return "\n\n".join(parts)
 
 
-def with_tables(text: str) -> str:
+def performance_tables(folder: Path) -> str:
+    """For each device: its families, the other builds of the kernels, the calls and the accuracy."""
+    parts = [part for device in sorted(folder.glob("*/")) for part in _of_device(device)]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _of_device(folder: Path) -> list[str]:
+    found = {path.stem: records.read(path) for path in sorted(folder.glob("*.json")) if path.stem != "demo"}
+    usual = {name: content for name, content in found.items() if "-" not in name}
+    if not usual:
+        return []
+    about = next(iter(usual.values()))
+    build = sorted(set(about["backends"].values()))
+    threads = f"{about['threads']} threads, " if "cuda" not in about else ""
+    parts = [f"**{about['device']}** ({threads}{', '.join(build)}, torch {about['torch']}):", _who(about["peers"])]
+    parts += [f"{title}:\n\n{family(usual[name])}" for name, title in FAMILIES.items() if name in usual]
+    for variant, title in VARIANTS.items():
+        contents = [found[f"{name}-{variant}"] for name in FAMILIES if f"{name}-{variant}" in found]
+        if contents:
+            body = family({**contents[0], "rows": [row for content in contents for row in content["rows"]]})
+            parts.append(f"The same with {title}:\n\n{body}")
+    if "calls" in usual:
+        parts.append(f"Small inputs, where only the call costs:\n\n{calls(usual['calls'])}")
+    if "accuracy" in usual:
+        parts.append(f"Largest error against fp64, log-prob / entropy / gradient:\n\n{errors(usual['accuracy'])}")
+    return parts
+
+
+def _who(peers: dict[str, dict[str, str]]) -> str:
+    others = {name: state for name, state in peers.items() if name not in (records.OURS, "eager", "torch.compile")}
+    here = [f"{name} {state['version']}" for name, state in others.items() if "version" in state]
+    missing = [f"{name} ({state['missing']})" for name, state in others.items() if "missing" in state]
+    return "".join(
+        f"{title}: {', '.join(names)}. " for title, names in (("Peers", here), ("Not measured", missing)) if names
+    ).rstrip()
+
+
+def family(content: dict[str, Any]) -> str:
+    """Ours in milliseconds and in units of the limit; every peer in units of ours. Missed targets in brackets."""
+    names = [name for name in content["peers"] if any(_ran(row, name) for row in content["rows"])]
+    names = [name for name in names if name != records.OURS]
+    lines = []
+    for row in content["rows"]:
+        ours = row["results"][records.OURS]
+        targets = records.reached(row)
+        cells = [report.time(ours["median_ms"]) if "median_ms" in ours else "failed"]
+        cells.append(_ratio(records.ratio_to_limit(row), targets.get("limit")))
+        cells += [_ratio(records.ratio_to_ours(row, name), targets.get(name)) for name in names]
+        cells.append(_ratio(ours.get("extra_mib"), targets.get("extra_mib"), ""))
+        lines.append((f"{row['work']}, {row['shape']}, {row['dtype']}", *cells))
+    return table(["", "ours", "limit", *names, "MiB extra"], lines)
+
+
+def calls(content: dict[str, Any]) -> str:
+    """Microseconds a call, without autograd and with the backward pass; eager and torch.compile in units of ours."""
+    by_op: dict[str, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        by_op.setdefault(row["op"], []).append(row)
+    names = ("eager", "torch.compile")
+    head = ["", "ours", *names, "ours, with backward", *names]
+    lines = []
+    for op, measured in by_op.items():
+        cells = []
+        for row in measured:
+            ours, targets = row["results"][records.OURS], records.reached(row)
+            us = 1e3 * ours["median_ms"] if "median_ms" in ours else None
+            cells.append(_ratio(us, targets.get("us"), " µs"))
+            cells += [_ratio(records.ratio_to_ours(row, name), targets.get(name)) for name in names]
+        lines.append((f"`{op}`", *cells, *[""] * (len(head) - 1 - len(cells))))
+    return table(head, lines)
+
+
+def errors(content: dict[str, Any]) -> str:
+    measured = {name for row in content["rows"] for name, found in row["results"].items() if "log_prob" in found}
+    names = [name for name in content["peers"] if name in measured]
+    lines = []
+    for row in content["rows"]:
+        found = [row["results"].get(name, {}) for name in names]
+        cells = (" / ".join(f"{x[result]:.0e}" for result in accuracy.RESULTS if result in x) for x in found)
+        lines.append((f"{row['dtype']}, logits × {row['scale']}", *cells))
+    return table(["", *names], lines)
+
+
+def table(head: list[str], lines: list[tuple[str, ...]]) -> str:
+    rule = "|---|" + "--:|" * (len(head) - 1)
+    return "\n".join([_line(head), rule, *map(_line, lines)])
+
+
+def _line(cells) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def _ran(row: dict[str, Any], name: str) -> bool:
+    return "median_ms" in row["results"].get(name, {})
+
+
+def _ratio(x: float | None, target: tuple[float, float | None, bool | None] | None, unit: str = "×") -> str:
+    if x is None:
+        return ""
+    missed = f" [{target[0]:g}]" if target is not None and target[2] is False else ""
+    return f"{x:.3g}{unit}{missed}"
+
+
+def with_tables(text: str, folder: Path = RESULTS) -> str:
     """The README with what stands between its table markers made anew."""
-    return re.sub(
-        r"(<!-- demo table -->\n).*?(<!-- /demo table -->)",
-        lambda match: f"{match[1]}\n{demo_table()}\n\n{match[2]}",
-        text,
-        flags=re.DOTALL,
-    )
+    for name, body in (("demo table", demo_table(folder)), ("performance tables", performance_tables(folder))):
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +153,7 @@ def main(argv: list[str]) -> int:
     wanted = with_tables(text)
     if "--check" in argv:
         if wanted != text:
-            print("README.md does not show the committed results; run python bench/readme.py")
+            print("README.md does not show the committed results; run python -m fastrlhf.bench.readme")
         return int(wanted != text)
     README.write_text(wanted, encoding="utf-8")
     return 0

@@ -14,6 +14,7 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   ppo       PPO of a language model against reward models and functions
   demo      the whole way on real human ratings, on a laptop
   env       versions, the machine, and which backend serves which op
+  bench     bench kernels: the ops beside their peers and the physical limit
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Fresh pages are most of the cost of a large CPU tensor, and the loop makes many. Huge pages make them up to five
     # times cheaper. torch reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Benchmarks measure torch as people find it; who wants huge pages there says so.
+    if command != "bench":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         COMMANDS[command](rest)
     except (ValueError, OSError, ImportError) as error:
@@ -108,6 +111,14 @@ def env(argv: list[str]) -> None:
     console.print(ops)
 
 
+def bench(argv: list[str]) -> None:
+    if argv[:1] != ["kernels"]:
+        raise ValueError(f"bench {' '.join(argv[:1]) or 'what?'}: wanted `bench kernels` (--help lists the flags)")
+    from fastrlhf.bench.suite import main as run
+
+    run(argv[1:])
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -123,4 +134,4 @@ def _gpus() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-COMMANDS = {"sft": _train("sft"), "reward": _train("reward"), "ppo": _train("ppo"), "demo": demo, "env": env}
+COMMANDS = {name: _train(name) for name in ("sft", "reward", "ppo")} | {"demo": demo, "env": env, "bench": bench}

@@ -171,7 +171,8 @@ def test_building_with_an_old_torch_says_what_to_do(tmp_path, version, old):
 def test_the_list_of_packages_is_complete():
     packages = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
     folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("fastrlhf/**/__init__.py")}
-    assert set(re.findall(r'"(.*?)"', packages)) == folders | {"fastrlhf.kernels"}
+    elsewhere = {"fastrlhf.kernels", "fastrlhf.bench", "fastrlhf.bench.peers"}
+    assert set(re.findall(r'"(.*?)"', packages)) == folders | elsewhere
 
 
 @pytest.mark.skipif(not (X86 and shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm on x86")

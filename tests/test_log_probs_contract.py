@@ -1,8 +1,5 @@
 """token_log_probs: what others got wrong, argument errors, determinism, torch.library and torch.compile."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -12,7 +9,6 @@ from fastrlhf import functional as F
 from fastrlhf import reference
 
 ops = torch.ops.fastrlhf
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("vocabulary", [2047, 2048, 2049, 4097, 6143, 32003])
@@ -131,27 +127,6 @@ def test_autocast_changes_no_bit():
         assert all(x.dtype == torch.float32 for x in outputs)
         results.append((*outputs, torch.autograd.grad(sum(x.sum() for x in outputs), leaf)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("arguments", [["2"], ["3", "1001"]])
-def test_the_benchmark_times_every_repetition_on_the_same_logits(arguments, monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_log_probs", ROOT / "bench" / "log_probs.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    timed = []
-
-    def measure(title, contenders):
-        first = contenders["ours"][0]().detach().clone()
-        for prepare, work in contenders.values():
-            for _ in range(2):
-                logits = prepare()
-                assert torch.equal(logits, first)
-                work(logits)
-        timed.append(title)
-
-    monkeypatch.setattr(bench, "measure", measure)
-    bench.main(arguments)
-    assert len(timed) == 8
 
 
 @pytest.mark.parametrize("token", [-1, 5, -101, 2**40])

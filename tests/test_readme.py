@@ -45,5 +45,7 @@ def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
 
 
 def test_the_tables_are_the_committed_results():
-    done = subprocess.run([sys.executable, "bench/readme.py", "--check"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastrlhf.bench.readme", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr

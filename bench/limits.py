@@ -1,0 +1,70 @@
+"""The physical limits, measured beside the contenders: what plain C++ loops need to move the bytes (limits.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FLAGS = ["-O3", "-ffast-math", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """limits.cpp, compiled for this processor. Raises OSError without a compiler or when it fails."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"no C++ compiler {compiler[0]!r} for the loops that measure the limits; install g++ or set CXX")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "limits.so"
+        source = Path(__file__).with_name("limits.cpp")
+        done = subprocess.run([*compiler, *FLAGS, source, "-o", target], capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"limits.cpp does not compile: {done.stderr.strip()[-500:]}")
+        loaded = ctypes.CDLL(str(target))
+    for name in ("read_once", "read_read_write", "streams"):
+        getattr(loaded, name).restype = ctypes.c_float
+    return loaded
+
+
+def read_once(*tensors: Tensor) -> Callable[[], float]:
+    """Reads the tensors from one end to the other."""
+    read = library().read_once
+    parts = [(_pointer(x), ctypes.c_int64(x.numel() * x.element_size() // 4)) for x in tensors]
+    threads = torch.get_num_threads()
+    return lambda: sum(read(pointer, n, threads) for pointer, n in parts)
+
+
+def read_read_write(x: Tensor) -> Callable[[], float]:
+    """Reads a buffer of x's size, then reads it again and writes over it."""
+    buffer = torch.zeros(x.numel() * x.element_size() // 4)
+    function, n = library().read_read_write, ctypes.c_int64(buffer.numel())
+    threads = torch.get_num_threads()
+    return lambda: function(_pointer(buffer), n, threads)
+
+
+def streams(n: int, *, reads: int, writes: int, masks: int = 0) -> Callable[[], float]:
+    """Reads and writes as many streams of n floats, and reads masks of n bytes, all in warm buffers of its own."""
+    floats = [[torch.ones(n) for _ in range(count)] for count in (reads, writes)]
+    bytes_ = [torch.ones(n, dtype=torch.bool) for _ in range(masks)]
+    function, threads = library().streams, torch.get_num_threads()
+    arrays = [(_pointers(group), len(group)) for group in (floats[0], bytes_, floats[1])]
+    arguments = [x for pair in arrays for x in pair]
+    # `floats` and `bytes_` are named so that the buffers live as long as the function does.
+    return lambda keep=(floats, bytes_): function(*arguments, ctypes.c_int64(n), threads)
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _pointers(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * max(1, len(tensors)))(*[x.data_ptr() for x in tensors])

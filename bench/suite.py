@@ -1,0 +1,79 @@
+"""`fastrlhf bench kernels`: runs the families, prints their tables and keeps the results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastrlhf.bench import accuracy, advantages, calls, log_probs, losses, records, report
+from fastrlhf.bench.contests import OURS
+from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
+from fastrlhf.bench.measure import Stopwatch, measure
+from fastrlhf.bench.peers import roll_call
+from fastrlhf.bench.settings import FULL, QUICK, Setting
+
+FAMILIES = {"log_probs": log_probs, "advantages": advantages, "losses": losses, "calls": calls}
+ACCURACY = "accuracy"
+
+
+def run(family: str, setting: Setting, console: Console, stopwatch: Any, bandwidth: float | None) -> dict[str, Any]:
+    """One family as it goes into its file."""
+    content = {**records.environment(setting.device), "family": family, "peers": roll_call()}
+    if bandwidth:
+        content["copy_bandwidth_gb_s"] = bandwidth / 1e6
+    if family == ACCURACY:
+        content["rows"] = accuracy.measure(setting)
+        console.print(report.of_accuracy(content["rows"]))
+        return content
+    content["rows"] = []
+    for row in FAMILIES[family].rows(setting):
+        content["rows"].append(measure(row, stopwatch, setting.seconds, bandwidth))
+        console.print(report.of_row(content["rows"][-1]))
+    console.print(report.of_targets(content["rows"]))
+    return content
+
+
+def failures(content: dict[str, Any]) -> list[str]:
+    """What of ours failed to run."""
+    rows = [(row.get("work", row["dtype"]), row["results"].get(OURS, {})) for row in content["rows"]]
+    return [f"{work}: {result['failed']}" for work, result in rows if "failed" in result]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastrlhf bench kernels", description=_HELP, allow_abbrev=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=(*FAMILIES, ACCURACY), default=(*FAMILIES, ACCURACY))
+    parser.add_argument("--quick", action="store_true", help="small inputs, few repetitions: does it all run?")
+    parser.add_argument("--output", type=Path, default=None, help="folder for the results (bench/results of a clone)")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU that it can use")
+    setting = (QUICK if options.quick else FULL)[options.device]
+    name = records.device_name(options.device)
+    folder = (options.output or records.folder()) / records.slug(name)
+    console = Console()
+    console.print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
+    for peer, state in roll_call().items():
+        console.print(f"  {peer:<14} {state.get('version') or state['missing']}", highlight=False)
+
+    stopwatch = Stopwatch() if setting.on_cpu else CudaStopwatch()
+    bandwidth = None if setting.on_cpu else copy_bandwidth(stopwatch)
+    failed = []
+    for family in options.only:
+        content = run(family, setting, console, stopwatch, bandwidth)
+        path = folder / f"{family}{records.variant(options.quick)}.json"
+        records.write(path, content)
+        console.print(f"{path}\n", highlight=False)
+        failed += failures(content)
+    if failed:
+        raise ValueError(f"{len(failed)} of our own did not run: {'; '.join(failed)}")
+
+
+_HELP = """Times the ops beside eager PyTorch, torch.compile, the peers that are installed (`make bench` installs them)
+and the physical limit, which plain C++ loops (on a GPU: a copy) measure in the same run. Outputs are allocated by each
+contender in the call, inputs are warm. THP_MEM_ALLOC_ENABLE=1 and FASTRLHF_CPU_CAPABILITY=avx2|portable in the
+environment are measured as they are set, and name the file."""

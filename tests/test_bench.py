@@ -1,0 +1,477 @@
+"""The benchmarks: their clockwork, the limits, the peers they compare with, and the way from a run to the README."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastrlhf.bench import accuracy, contests, limits, peers, readme, records, sources, suite
+from fastrlhf.bench.measure import LEAST, MOST, Contender, Limit, Row, Stopwatch, interleave, measure, memory
+from fastrlhf.bench.peers.base import Peer, Run
+from fastrlhf.bench.settings import TINY
+from fastrlhf.cli import main
+
+ROOT = Path(__file__).parents[1]
+HERE = [name for name in peers.ADAPTERS if name != "ours" and not peers.peer(name).absent]
+
+
+class FakeStopwatch(Stopwatch):
+    """Time passes only as the work says: it returns its milliseconds."""
+
+    def __init__(self):
+        self.order = []
+
+    def __call__(self, work, argument):
+        name, ms = work(argument)
+        self.order.append(name)
+        return ms
+
+    def extra_memory(self, work, argument):
+        work(argument)
+        return 7.0
+
+
+def clockwork(name, times):
+    """A contender that takes these times, one after the other, whenever it is called."""
+    left = list(times)
+    return Contender(lambda _: (name, left.pop(0) if len(left) > 1 else left[0]))
+
+
+class TestMeasure:
+    def test_contenders_take_turns_there_and_back(self):
+        stopwatch = FakeStopwatch()
+        times, failed = interleave({name: clockwork(name, [400.0]) for name in "ABC"}, stopwatch, seconds=2.0)
+        assert not failed
+        assert {name: len(x) for name, x in times.items()} == dict.fromkeys("ABC", 5)
+        rounds = "".join(stopwatch.order[3:])  # after the first call of each, which estimates
+        assert rounds == "ABC" + "CBA" + "ABC" + "CBA" + "ABC"
+
+    def test_slow_contenders_get_fewer_repetitions_and_fast_ones_not_too_many(self):
+        contenders = {"slow": clockwork("slow", [9000.0]), "fast": clockwork("fast", [0.01])}
+        times, _ = interleave(contenders, FakeStopwatch(), seconds=1.0)
+        assert len(times["slow"]) == LEAST
+        assert len(times["fast"]) == MOST
+
+    def test_short_calls_are_made_once_untimed_before_each_timed_one(self):
+        calls, prepared = [], []
+        contender = Contender(lambda x: (calls.append(x), ("A", 1.0))[1], lambda: prepared.append(0) or len(prepared))
+        interleave({"A": contender}, FakeStopwatch(), seconds=0.0)
+        assert calls == list(range(1, 2 + 2 * LEAST + 1))  # every call on inputs prepared for it alone
+
+    def test_a_row_keeps_median_and_extremes_in_ms_a_call(self):
+        row = Row(
+            "op",
+            "work",
+            "2",
+            "fp32",
+            {"ours": clockwork("ours", [0, 0, 0, 30, 0, 10, 0, 20]), "absent": "does not exist"},
+            Limit("bytes", 8, lambda: ("limit", 5.0)),
+            {"limit": 2.0},
+            calls=10,
+        )
+        record = measure(row, FakeStopwatch(), seconds=0.0)
+        ours = record["results"]["ours"]
+        assert (ours["median_ms"], ours["min_ms"], ours["max_ms"], ours["repetitions"]) == (2.0, 1.0, 3.0, 3)
+        assert ours["extra_mib"] == 7.0
+        assert record["limit"] == {
+            "what": "bytes",
+            "bytes": 8,
+            **{"median_ms": 0.5, "min_ms": 0.5, "max_ms": 0.5, "repetitions": 3},
+        }
+        assert record["results"]["absent"] == {"cannot": "does not exist"}
+        assert records.ratio_to_limit(record) == 4.0
+        assert records.reached(record) == {"limit": (2.0, 4.0, False)}
+
+    def test_without_loops_the_limit_is_bytes_at_the_copy_bandwidth(self):
+        row = Row("op", "work", "2", "fp32", {"ours": clockwork("ours", [2.0])}, Limit("bytes", 3000))
+        record = measure(row, FakeStopwatch(), seconds=0.0, bandwidth=3000.0)
+        assert record["limit"]["median_ms"] == 1.0
+        assert records.ratio_to_limit(record) == 2.0
+
+    def test_a_contender_that_fails_is_named_and_the_others_go_on(self):
+        def fails(_):
+            raise RuntimeError("no such\nkernel")
+
+        row = Row("op", "work", "2", "fp32", {"ours": clockwork("ours", [1.0]), "peer": Contender(fails)})
+        record = measure(row, FakeStopwatch(), seconds=0.0)
+        assert record["results"]["peer"] == {"failed": "RuntimeError: no such kernel"}
+        assert "median_ms" in record["results"]["ours"]
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+    def test_memory_counts_temporaries_but_neither_results_nor_inputs(self):
+        size = 2**22  # floats: 16 MiB
+
+        def work(x):
+            temporary = x + 1
+            return temporary * 2  # made while the temporary lives
+
+        found = memory(Contender(work, lambda: torch.ones(size)), Stopwatch())
+        assert found["returned_mib"] == 16.0
+        assert 15 < found["extra_mib"] < 20
+        in_place = memory(Contender(lambda x: x.mul_(2), lambda: torch.ones(size)), Stopwatch())
+        assert in_place["returned_mib"] == 0.0
+        assert in_place["extra_mib"] < 1
+
+
+class TestLimits:
+    def test_the_loops_read_and_write_what_they_say(self):
+        x = torch.randn(100_003)
+        assert limits.read_once(x)() == pytest.approx(float(x.double().sum()), abs=1e-2)
+        assert limits.read_once(x, x)() == pytest.approx(2 * float(x.double().sum()), abs=1e-2)
+        before = x.clone()
+        limits.read_read_write(x)()
+        assert torch.equal(x, before)  # it has a buffer of its own
+        n = 10_001
+        assert limits.streams(n, reads=2, writes=1, masks=1)() == 3 * n  # ones everywhere
+
+    def test_reading_once_is_the_quickest(self):
+        x = torch.ones(2**24)
+        runs = {"read": limits.read_once(x), "read, read, write": limits.read_read_write(x)}
+        contenders = {name: Contender(lambda _, run=run: run()) for name, run in runs.items()}
+        times, _ = interleave(contenders, Stopwatch(), seconds=0.2)
+        medians = {name: sorted(x)[len(x) // 2] for name, x in times.items()}
+        assert 0 < medians["read"] < medians["read, read, write"]
+        gigabytes_a_second = 4 * x.numel() / medians["read"] / 1e6
+        assert 0.1 < gigabytes_a_second < 5000
+
+    def test_without_a_compiler_it_says_so(self, monkeypatch):
+        limits.library.cache_clear()
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(OSError, match="no C\\+\\+ compiler 'no-such-compiler'"):
+            limits.library()
+
+
+def inputs(op):
+    """Inputs on which all conventions agree: every token counts."""
+    random = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(3, 7, generator=random) for _ in range(4))
+    logits, tokens = torch.randn(5, 33, generator=random), torch.randint(33, (5,), generator=random)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    return {
+        "token_log_probs": (logits, tokens),
+        "token_log_probs_and_entropy": (logits, tokens),
+        "full_kl": (logits, 0.5 * logits.flip(0)),
+        "kl_divergence": (a, a + 0.1 * b),
+        "gae": (a, b, mask),
+        "gae_packed": (a.flatten(), b.flatten(), torch.tensor([0, 2, 9, 21])),
+        "rollout_advantages": (torch.tensor([1.0, -2.0, 0.5]), a, a + 0.1 * b, c, mask),
+        "masked_mean": (a, mask),
+        "masked_whiten": (a, mask),
+        "ppo_loss": (a, a + 0.3 * b, c, mask, a + 0.1 * d),
+        "value_loss": (a, a + 0.3 * b, c, mask),
+        "pairwise_reward_loss": (a[0], b[0]),
+        "dpo_loss": (a[0], b[0], c[0], d[0]),
+    }[op]
+
+
+def results(run, op):
+    found = run.work(*run.convert(*inputs(op)))
+    found = found if isinstance(found, tuple) else (found,)
+    # Of the losses the first result: what trainers log beside it differs.
+    return [x for x in (found[:1] if op.endswith("_loss") else found[:2]) if isinstance(x, torch.Tensor)]
+
+
+class TestPeers:
+    def test_ours_is_compared_with_eager_everywhere(self):
+        ours = {op.removesuffix(" in place") for op in peers.peer("ours").ops}
+        assert ours == set(peers.peer("eager").ops)
+
+    @pytest.mark.parametrize("name", HERE)
+    @pytest.mark.parametrize("op", sorted(peers.peer("eager").ops))
+    def test_peers_compute_what_we_compute(self, name, op):
+        run = peers.contenders(op).get(name, "")
+        if isinstance(run, str):
+            pytest.skip(f"{name}: {run}")
+        ours, theirs = results(peers.peer("ours").ops[op], op), results(run, op)
+        if op == "rollout_advantages":  # ours leaves the whitening to the loss
+            ours[0] = torch.nn.functional.layer_norm(ours[0], ours[0].shape, eps=1e-8)
+            theirs[0] = torch.nn.functional.layer_norm(theirs[0], theirs[0].shape, eps=1e-8)
+        if op == "gae" and name == "verl":  # whitens
+            ours[0] = (ours[0] - ours[0].mean()) / ours[0].std()
+        if op == "ppo_loss" and name == "TRL":  # has no KL in the loss
+            ours = [peers.peer("ours").ops["ppo_loss"].work(*inputs(op)[:4], inputs(op)[0])[0]]
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y.reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+    def test_who_is_missing_is_reported_by_name(self, monkeypatch):
+        def absent():
+            raise sources.NotThere("not installed")
+
+        def broken():
+            raise ImportError("cannot import name 'x'\nfrom 'y'")
+
+        monkeypatch.setattr(peers, "ADAPTERS", {"A": absent, "B": broken, "C": lambda: Peer("1.0")})
+        peers.peer.cache_clear()
+        try:
+            assert peers.roll_call() == {
+                "A": {"missing": "not installed"},
+                "B": {"missing": "not usable: cannot import name 'x' from 'y'"},
+                "C": {"version": "1.0"},
+            }
+            assert peers.contenders("gae") == {"C": "not there"}
+        finally:
+            peers.peer.cache_clear()
+
+
+class TestSources:
+    SOURCE = """
+import no_such_package
+
+LIMIT = 3
+
+def register(name):
+    raise RuntimeError
+
+@register("twice")
+def twice(x: no_such_package.Tensor):
+    return min(2 * x, LIMIT)
+
+class Trainer:
+    def train(self):
+        for batch in self.batches():
+            with no_such_package.context():
+                total = 0
+                for x in values:
+                    total += x
+                mean = total / len(values)
+                log(mean)
+"""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        (tmp_path / "trainer.py").write_text(self.SOURCE)
+        return tmp_path / "trainer.py"
+
+    def test_functions_run_without_what_their_file_imports(self, path):
+        found = sources.definitions(path, {"twice": False, "LIMIT": True}, {})
+        assert (found["twice"](1), found["twice"](5)) == (2, 3)
+        with pytest.raises(RuntimeError):
+            sources.definitions(path, {"twice": True, "register": True, "LIMIT": True}, {})
+
+    def test_statements_in_the_middle_of_a_method_become_a_function(self, path):
+        steps = sources.steps(path, sources.method(path, "Trainer", "train"), "total", "mean", ["values"], {})
+        assert steps([1, 2, 6])["mean"] == 3
+
+    def test_what_is_not_there_is_named(self, path):
+        with pytest.raises(sources.NotThere, match=r"no thrice in trainer\.py"):
+            sources.definitions(path, {"thrice": True}, {})
+        with pytest.raises(sources.NotThere, match=r"no Trainer\.test in trainer\.py"):
+            sources.method(path, "Trainer", "test")
+        with pytest.raises(sources.NotThere, match="no steps from total to median in train"):
+            sources.steps(path, sources.method(path, "Trainer", "train"), "total", "median", ["values"], {})
+        with pytest.raises(sources.NotThere, match="not installed"):
+            sources.folder("no_such_package")
+
+
+@pytest.fixture(scope="module")
+def only_us():
+    """Nobody but ourselves and eager PyTorch: torch.compile alone would take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "ADAPTERS", {name: peers.ADAPTERS[name] for name in ("ours", "eager")})
+        patch.setattr(suite, "QUICK", {"cpu": TINY})
+        for variable in ("THP_MEM_ALLOC_ENABLE", "FASTRLHF_CPU_CAPABILITY", "FASTRLHF_BACKEND"):
+            patch.delenv(variable, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(only_us, tmp_path_factory):
+    """{family: its file}, from a run of everything at tiny sizes."""
+    output = tmp_path_factory.mktemp("results")
+    assert main(["bench", "kernels", "--device", "cpu", "--quick", "--output", str(output)]) == 0
+    (folder,) = output.iterdir()
+    return {path.name.removesuffix("-quick.json"): path for path in folder.iterdir()}
+
+
+class TestSuite:
+    def test_every_family_runs_and_says_what_it_measured(self, measured):
+        assert set(measured) == {"log_probs", "advantages", "losses", "calls", "accuracy"}
+        for family, path in measured.items():
+            content = records.read(path)
+            assert content["family"] == family
+            assert content["peers"] == {"ours": {"version": "0.1.0"}, "eager": {"version": torch.__version__}}
+            assert content["threads"] == torch.get_num_threads()
+            assert content["huge_pages"] is False
+            assert content["rows"]
+            for row in content["rows"]:
+                for name in ("ours", "eager"):
+                    result = row["results"][name]
+                    assert all(math.isfinite(x) for x in result.values() if not isinstance(x, str)), row
+                    if family != "accuracy":
+                        assert 0 < result["min_ms"] <= result["median_ms"] <= result["max_ms"]
+                        assert row["targets"]
+                if family not in ("accuracy", "calls"):
+                    assert row["limit"]["bytes"] > 0
+                    assert row["limit"]["median_ms"] > 0
+
+    def test_the_issue_rows_are_there_with_their_targets(self, measured):
+        targets = {}
+        for family in ("log_probs", "advantages", "losses", "calls"):
+            for row in records.read(measured[family])["rows"]:
+                targets[row["work"], row["dtype"]] = row["targets"]
+        assert targets["log-prob, forward", "fp32"]["limit"] == 1.2
+        assert targets["log-prob + entropy, forward", "fp32"] == {
+            **{"limit": 1.3, "torch.compile": 3.5, "TRL": 25, "verl": 25, "extra_mib": 1.0}
+        }
+        assert targets["log-prob + entropy, forward", "bf16"]["TRL"] == 15
+        assert targets["PPO loss + KL + metrics, forward + backward", "fp32"]["verl"] == 50
+        assert targets["GAE, masks inside the response", "fp32"]["torchrl"] == 50
+        assert targets["KL penalty + score + GAE + whitening", "fp32"]["TRL"] == 100
+        assert targets["ppo_loss, forward + backward", "fp32"] == {"eager": 10, "us": 25}
+
+    def test_the_bytes_are_those_of_the_tensors(self, measured):
+        rows = {(r["work"], r["dtype"]): r["limit"]["bytes"] for r in records.read(measured["log_probs"])["rows"]}
+        logits = TINY.rows * TINY.vocabularies[0]
+        assert rows["log-prob, forward", "fp32"] == 4 * logits
+        assert rows["log-prob, forward", "bf16"] == 2 * logits
+        assert rows["log-prob + entropy, forward + backward in place", "fp32"] == 3 * 4 * logits
+        assert rows["exact KL of two policies, forward", "fp32"] == 2 * 4 * logits
+        n = math.prod(TINY.batches[0])
+        rows = {r["op"]: r["limit"]["bytes"] for r in records.read(measured["advantages"])["rows"]}
+        assert rows["gae"] == n * (2 * 4 + 1 + 2 * 4)
+
+    def test_our_accuracy_is_measured_against_fp64(self, measured):
+        rows = records.read(measured["accuracy"])["rows"]
+        assert [(row["dtype"], row["scale"]) for row in rows] == [
+            (d, s) for d in ("fp32", "bf16") for s in (1, 10, 100)
+        ]
+        for row in rows:
+            ours, eager = row["results"]["ours"], row["results"]["eager"]
+            for name in ("log_prob", "entropy"):
+                assert ours[name] <= 2 * eager[name] + 1e-6 * row["scale"]
+            assert ours["gradient"] <= (1e-5 if row["dtype"] == "fp32" else 1e-2)
+
+    def test_the_exact_gradient_is_that_of_autograd(self):
+        logits = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
+        tokens, grads = torch.tensor([0, 10, 5]), [torch.randn(3, dtype=torch.float64) for _ in range(2)]
+        log_p = logits.log_softmax(-1)
+        log_probs, entropy = log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        (gradient,) = torch.autograd.grad((log_probs, entropy), logits, grads)
+        for x, y in zip(accuracy._exact(logits.detach(), tokens, grads), (log_probs, entropy, gradient), strict=True):
+            torch.testing.assert_close(x, y.detach())
+
+    def test_in_place_rows_start_every_call_from_the_same_logits(self, only_us):
+        logits, tokens, grads = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), [torch.ones(4)]
+        found = contests.logits_in_place("token_log_probs", logits, tokens, grads)
+        expected = None
+        for contender in found.values():
+            for _ in range(2):
+                _, filled = prepared = contender.prepare()
+                assert torch.equal(filled, logits)
+                (gradient,) = contender.work(prepared)
+                expected = gradient.clone() if expected is None else expected
+                torch.testing.assert_close(gradient, expected)
+        prepared = found["ours"].prepare()
+        (gradient,) = found["ours"].work(prepared)
+        assert gradient.data_ptr() == prepared[1].data_ptr()
+
+    def test_a_failure_of_ours_is_an_error_and_the_rest_is_kept(self, only_us, tmp_path, monkeypatch, capsys):
+        def fails(*_):
+            raise RuntimeError("no kernel")
+
+        monkeypatch.setitem(peers.peer("ours").ops, "gae", Run(fails))
+        assert main(
+            ["bench", "kernels", "--device", "cpu", "--quick", "--only", "advantages", "--output", str(tmp_path)]
+        )
+        assert "1 of our own did not run: GAE, masks inside the response: RuntimeError" in capsys.readouterr().err
+        (path,) = tmp_path.rglob("advantages-quick.json")
+        results = {row["op"]: row["results"]["ours"] for row in records.read(path)["rows"]}
+        assert "failed" in results["gae"]
+        assert "median_ms" in results["masked_whiten"]
+
+    def test_the_environment_names_the_file(self, monkeypatch):
+        for variable in ("THP_MEM_ALLOC_ENABLE", "FASTRLHF_CPU_CAPABILITY", "FASTRLHF_BACKEND"):
+            monkeypatch.delenv(variable, raising=False)
+        assert records.variant() == ""
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+        assert (records.variant(), records.huge_pages()) == ("-huge-pages", True)
+        monkeypatch.setenv("FASTRLHF_CPU_CAPABILITY", "avx2")
+        assert records.variant(quick=True) == "-avx2-huge-pages-quick"
+
+    def test_arguments_that_make_no_sense_are_refused(self, capsys):
+        assert main(["bench"]) == 2
+        assert "wanted `bench kernels`" in capsys.readouterr().err
+        if not torch.cuda.is_available():
+            assert main(["bench", "kernels", "--device", "cuda"]) == 2
+            assert "torch finds no GPU" in capsys.readouterr().err
+
+    def test_the_command_line_leaves_huge_pages_as_they_are(self, monkeypatch):
+        seen = []
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        monkeypatch.setitem(sys.modules, "fastrlhf.bench.suite", SimpleNamespace(main=lambda _: seen.append(0)))
+        assert main(["bench", "kernels"]) == 0
+        assert seen
+        assert records.huge_pages() is False
+
+
+class TestReadme:
+    def test_from_a_run_to_the_tables(self, measured, tmp_path):
+        results = tmp_path / "committed" / "some-device"
+        results.mkdir(parents=True)
+        for family, path in measured.items():
+            (results / f"{family}.json").write_text(path.read_text())
+        (results / "losses-avx2.json").write_text(measured["losses"].read_text())
+        text = "before\n<!-- performance tables -->\nold\n<!-- /performance tables -->\nafter\n"
+        made = readme.with_tables(text, tmp_path / "committed")
+        assert made.startswith("before\n<!-- performance tables -->\n")
+        assert made.endswith("<!-- /performance tables -->\nafter\n")
+        assert "old" not in made
+        assert readme.with_tables(made, tmp_path / "committed") == made
+        for row in records.read(measured["losses"])["rows"]:
+            assert made.count(f"| {row['work']}, {row['shape']}, {row['dtype']} |") == 2
+        assert "The same with AVX2 build:" in made
+        assert "| `ppo_loss` |" in made
+        assert "| bf16, logits × 100 |" in made
+        for block in re.findall(r"(?:^\|.*\n)+", made, flags=re.MULTILINE):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+
+    def test_numbers_and_missed_targets(self):
+        row = {"op": "gae", "work": "GAE", "shape": "2 × 3", "dtype": "fp32", "limit": {"median_ms": 0.5}}
+        row["targets"] = {"limit": 2.0, "TRL": 50, "verl": 50, "extra_mib": 1.0}
+        row["results"] = {
+            "ours": {"median_ms": 1.5, "extra_mib": 0.25},
+            "TRL": {"median_ms": 30.0},
+            "verl": {"median_ms": 120.0},
+            "Liger": {"cannot": "not there"},
+        }
+        content = {"peers": dict.fromkeys(row["results"]), "rows": [row]}
+        head, _, line = readme.family(content).splitlines()
+        assert head == "| | ours | limit | TRL | verl | MiB extra |"
+        assert line == "| GAE, 2 × 3, fp32 | 1.5 ms | 3× [2] | 20× [50] | 80× | 0.25 |"
+
+    def test_peers_that_were_not_measured_are_named(self):
+        peers_ = {"ours": {"version": "1"}, "TRL": {"version": "2"}, "verl": {"missing": "not installed"}}
+        assert readme._who(peers_) == "Peers: TRL 2. Not measured: verl (not installed)."
+
+    def test_without_results_it_claims_nothing(self, tmp_path):
+        (tmp_path / "device").mkdir()
+        (tmp_path / "device" / "demo.json").write_text("{}")
+        assert readme.performance_tables(tmp_path) == readme.NOTHING
+
+    def test_results_of_another_schema_are_refused(self, tmp_path):
+        (tmp_path / "device").mkdir()
+        (tmp_path / "device" / "calls.json").write_text(json.dumps({"schema": 0}))
+        with pytest.raises(ValueError, match="schema 0, wanted 1"):
+            readme.performance_tables(tmp_path)
+
+
+def test_the_tables_for_the_terminal_show_everybody(only_us):
+    row = Row("op", "work", "2", "fp32", {"ours": clockwork("ours", [1.0]), "A": "has none"}, None, {"ms": 0.5, "A": 2})
+    console = Console(width=160, record=True)
+    from fastrlhf.bench import report
+
+    record = measure(row, FakeStopwatch(), seconds=0.0)
+    console.print(report.of_row(record))
+    console.print(report.of_targets([record]))
+    text = console.export_text()
+    assert "A: has none" in text
+    assert "missed" in text
+    assert "not measured" in text
