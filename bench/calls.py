@@ -46,7 +46,7 @@ def rows(setting: Setting) -> Iterator[Row]:
             f"{op}, without autograd",
             sizes(*shape),
             "fp32",
-            forward(op, arguments, calls),
+            _without_long_compilations(setting, forward(op, arguments, calls)),
             targets=WITHOUT_AUTOGRAD,
             calls=calls,
         )
@@ -69,7 +69,13 @@ def rows(setting: Setting) -> Iterator[Row]:
             f"{op}, forward + backward",
             sizes(*shape),
             "fp32",
-            forward_backward(op, inputs[op], leaves, grads, calls),
+            _without_long_compilations(setting, forward_backward(op, inputs[op], leaves, grads, calls)),
             targets=WITH_AUTOGRAD,
             calls=calls,
         )
+
+
+def _without_long_compilations(setting: Setting, contenders: dict) -> dict:
+    if setting.on_cpu or "torch.compile" not in contenders:
+        return contenders
+    return contenders | {"torch.compile": "left out on GPUs, where compiling all these takes minutes"}

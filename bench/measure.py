@@ -15,6 +15,7 @@ import torch
 
 LIMIT = "limit"
 LEAST, MOST = 3, 25  # repetitions
+BRIEF_MS = 50.0  # longer calls are not looked at in detail
 WARM_MS = 300.0  # calls shorter than this are made once, untimed, just before they are timed
 
 
@@ -146,7 +147,8 @@ def measure(row: Row, stopwatch: Stopwatch, seconds: float, bandwidth: float | N
         }
         if name in running:
             results[name] |= memory(running[name], stopwatch)
-            results[name] |= stopwatch.details(running[name].work, running[name].prepare)
+            if row.calls == 1 and results[name]["median_ms"] < BRIEF_MS:
+                results[name] |= stopwatch.details(running[name].work, running[name].prepare)
             if running[name].note:
                 results[name]["note"] = running[name].note
     limit_result = results.pop(LIMIT, None)

@@ -48,6 +48,9 @@ def _of_device(folder: Path) -> list[str]:
     build = sorted(set(about["backends"].values()))
     threads = f"{about['threads']} threads, " if "cuda" not in about else ""
     parts = [f"**{about['device']}** ({threads}{', '.join(build)}, torch {about['torch']}):", _who(about["peers"])]
+    cut_short = [name for name, content in found.items() if not content["complete"]]
+    if cut_short:
+        parts.append(f"Stopped before the last row: {', '.join(cut_short)}.")
     parts += [f"{title}:\n\n{family(usual[name])}" for name, title in FAMILIES.items() if name in usual]
     for variant, title in VARIANTS.items():
         contents = [found[f"{name}-{variant}"] for name in FAMILIES if f"{name}-{variant}" in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,25 @@ FAMILIES = {"log_probs": log_probs, "advantages": advantages, "losses": losses, 
 ACCURACY = "accuracy"
 
 
-def run(family: str, setting: Setting, console: Console, stopwatch: Any, bandwidth: float | None) -> dict[str, Any]:
-    """One family as it goes into its file."""
-    content = {**records.environment(setting.device), "family": family, "peers": roll_call()}
+def run(
+    family: str, setting: Setting, console: Console, stopwatch: Any, bandwidth: float | None, path: Path
+) -> dict[str, Any]:
+    """Measures one family into its file, row by row, so that a run cut short keeps what it has."""
+    content = {**records.environment(setting.device), "family": family, "peers": roll_call(), "complete": False}
     if bandwidth:
         content["copy_bandwidth_gb_s"] = bandwidth / 1e6
+    content["rows"] = []
     if family == ACCURACY:
         content["rows"] = accuracy.measure(setting)
         console.print(report.of_accuracy(content["rows"]))
-        return content
-    content["rows"] = []
-    for row in FAMILIES[family].rows(setting):
-        content["rows"].append(measure(row, stopwatch, setting.seconds, bandwidth))
-        console.print(report.of_row(content["rows"][-1]))
-    console.print(report.of_targets(content["rows"]))
+    else:
+        for row in FAMILIES[family].rows(setting):
+            content["rows"].append(measure(row, stopwatch, setting.seconds, bandwidth))
+            records.write(path, content)
+            console.print(report.of_row(content["rows"][-1]))
+        console.print(report.of_targets(content["rows"]))
+    content["complete"] = True
+    records.write(path, content)
     return content
 
 
@@ -55,7 +61,7 @@ def main(arguments: list[str]) -> None:
     setting = (QUICK if options.quick else FULL)[options.device]
     name = records.device_name(options.device)
     folder = (options.output or records.folder()) / records.slug(name)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
     for peer, state in roll_call().items():
         console.print(f"  {peer:<14} {state.get('version') or state['missing']}", highlight=False)
@@ -64,11 +70,9 @@ def main(arguments: list[str]) -> None:
     bandwidth = None if setting.on_cpu else copy_bandwidth(stopwatch)
     failed = []
     for family in options.only:
-        content = run(family, setting, console, stopwatch, bandwidth)
         path = folder / f"{family}{records.variant(options.quick)}.json"
-        records.write(path, content)
+        failed += failures(run(family, setting, console, stopwatch, bandwidth, path))
         console.print(f"{path}\n", highlight=False)
-        failed += failures(content)
     if failed:
         raise ValueError(f"{len(failed)} of our own did not run: {'; '.join(failed)}")
 

@@ -297,6 +297,7 @@ class TestSuite:
         for family, path in measured.items():
             content = records.read(path)
             assert content["family"] == family
+            assert content["complete"] is True
             assert content["peers"] == {"ours": {"version": "0.1.0"}, "eager": {"version": torch.__version__}}
             assert content["threads"] == torch.get_num_threads()
             assert content["huge_pages"] is False
@@ -386,6 +387,19 @@ class TestSuite:
         results = {row["op"]: row["results"]["ours"] for row in records.read(path)["rows"]}
         assert "failed" in results["gae"]
         assert "median_ms" in results["masked_whiten"]
+
+    def test_a_run_cut_short_keeps_its_rows(self, only_us, tmp_path, monkeypatch):
+        def two_rows(setting):
+            yield Row("a", "first", "1", "fp32", {"ours": Contender(lambda _: None)})
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(suite.losses, "rows", two_rows)
+        path = tmp_path / "device" / "losses.json"
+        with pytest.raises(KeyboardInterrupt):
+            suite.run("losses", TINY, Console(quiet=True), Stopwatch(), None, path)
+        content = records.read(path)
+        assert (content["complete"], [row["work"] for row in content["rows"]]) == (False, ["first"])
+        assert "Stopped before the last row: losses." in readme.performance_tables(tmp_path)
 
     def test_the_environment_names_the_file(self, monkeypatch):
         for variable in ("THP_MEM_ALLOC_ENABLE", "FASTRLHF_CPU_CAPABILITY", "FASTRLHF_BACKEND"):

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# On a GPU machine: builds, runs the tests marked `gpu`, then every GPU benchmark, within 25 minutes; results in
+# bench/results/<device>/. Goes on when a part fails, says so at the end, and then exits with 1.
+#
+#   bench/gpu.sh
+#
+# Needs a Python with a CUDA build of torch, a C++ compiler, pytest and rich; nothing is downloaded. PYTHON chooses the
+# Python (python3). Peers that Python can import take part. Others can come along as wheels in bench/wheels/ (not in
+# version control), fetched elsewhere, for Python 3.12 say, with
+#
+#   cd bench/wheels && pip download --no-deps --python-version 3.12 --platform manylinux2014_x86_64 \
+#       --platform manylinux_2_28_x86_64 --platform manylinux1_x86_64 trl==1.16.0 verl==0.9.1 openrlhf==0.11.2 \
+#       liger-kernel==0.8.5 torchrl==0.14.1 tensordict==0.14.3 hoptorch pyvers cloudpickle hypothesis
+#
+# TRL's Triton kernel is in 1.16 and its PPO in 1.12: the wheel of the later one is unpacked apart, as trl_latest.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+SITE=$PWD/build/gpu-site # what Python gets on top of what it has
+FAILED=()
+
+# part NAME SECONDS COMMAND...: runs it under a limit of time, and remembers when it fails.
+part() {
+    local name=$1 seconds=$2 started=$SECONDS
+    shift 2
+    printf '\n=== %s (at most %s s)\n' "$name" "$seconds"
+    if timeout --kill-after=10 "$seconds" "$@"; then
+        printf '=== %s: done in %s s\n' "$name" $((SECONDS - started))
+    else
+        local status=$?
+        printf '=== %s: FAILED (%s) after %s s\n' "$name" "$status" $((SECONDS - started))
+        FAILED+=("$name")
+        return 1
+    fi
+}
+
+check() {
+    "$PYTHON" - <<'PY'
+import sys
+import torch
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} in {sys.executable} finds no GPU that it can use")
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+PY
+}
+
+unpack() {
+    local wheel target
+    for wheel in bench/wheels/*.whl; do
+        target=$SITE
+        [[ $wheel == */trl-1.1[3-9]* ]] && target=$SITE/trl_latest
+        "$PYTHON" -m zipfile -e "$wheel" "$target" || return 1
+    done
+    # Some wheels keep their package under NAME.data/purelib.
+    for wheel in "$SITE"/*.data/purelib/* "$SITE"/*.data/platlib/*; do
+        [[ -e $wheel ]] && cp -rn "$wheel" "$SITE/"
+    done
+    return 0
+}
+
+# The package as it will be installed, from links: nothing is written into the Python that is there.
+build() {
+    "$PYTHON" setup.py -q build_ext --inplace || return 1
+    mkdir -p "$SITE/fastrlhf" && cp -rsf "$PWD"/fastrlhf/* "$SITE/fastrlhf/" || return 1
+    ln -sfn "$PWD/kernels/triton" "$SITE/fastrlhf/kernels"
+    ln -sfn "$PWD/bench" "$SITE/fastrlhf/bench"
+    mkdir -p "$SITE/fastrlhf-0.dist-info"
+    printf 'Metadata-Version: 2.1\nName: fastrlhf\nVersion: %s\n' \
+        "$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" > "$SITE/fastrlhf-0.dist-info/METADATA"
+}
+
+bench() {
+    "$PYTHON" -m fastrlhf bench kernels --device cuda --only "$1"
+}
+
+export PYTHON SITE
+export -f check unpack build bench
+# PYTHONSAFEPATH (Python 3.11): or the folder fastrlhf in the working directory would come before $SITE.
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+rm -rf "$SITE" && mkdir -p "$SITE"
+
+part "GPU" 60 bash -c check || exit 1
+compgen -G 'bench/wheels/*.whl' > /dev/null && part "peers" 60 bash -c unpack
+part "build" 300 bash -c build || exit 1
+# Only the files that hold such tests: others import what a bare machine does not have.
+mapfile -t WITH_GPU_TESTS < <(grep -l 'pytest.mark.gpu' tests/test_*.py)
+part "tests" 300 "$PYTHON" -m pytest -m gpu -p no:cacheprovider "${WITH_GPU_TESTS[@]}"
+part "log_probs" 330 bash -c "bench log_probs"
+part "losses" 180 bash -c "bench losses"
+part "advantages" 120 bash -c "bench advantages"
+part "calls" 90 bash -c "bench calls"
+part "accuracy" 60 bash -c "bench accuracy"
+
+printf '\n%s minutes\n' $(((SECONDS + 59) / 60))
+if ((${#FAILED[@]})); then
+    printf 'Failed: %s\n' "${FAILED[*]}"
+    exit 1
+fi
+printf 'All parts passed; results are in bench/results/\n'
