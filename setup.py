@@ -25,6 +25,7 @@ SOURCES = [
     "csrc/cpu/advantages.cpp",
     "csrc/cpu/losses.cpp",
     "csrc/cpu/masked.cpp",
+    "csrc/cpu/preferences.cpp",
 ]
 HOT_SOURCES = [
     "csrc/cpu/kernels/log_probs.cpp",

@@ -12,6 +12,7 @@ enum DType { kFloat32, kBFloat16, kFloat16 };
 // The enumerations of the raw ops; fastrlhf/fallback.py has them by name.
 enum KlEstimator { kK1, kK2, kK3, kAbs };
 enum MaskMode { kCarry, kZero, kNone };
+enum DpoVariant { kDpoSigmoid, kDpoRobust, kDpoHinge, kDpoIpo };
 enum Aggregation { kTokenMean, kSeqMeanTokenSum, kSeqMeanTokenMean };
 
 constexpr int64_t kIgnored = -100;
@@ -60,14 +61,14 @@ static inline Span span_of(const Units& units, int64_t unit) {
   return {row * units.columns + column, rest < units.length ? rest : units.length};
 }
 
-static inline int64_t count_kept(const uint8_t* mask, int64_t length) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < length; ++i) n += mask[i] != 0;
-  return n;
-}
-
 struct Moments {
   double count, mean, squares;  // squares: sum of (x - mean)^2
+};
+
+struct CountArgs {
+  const uint8_t* mask;
+  Units units;
+  int64_t* result;  // one for each unit
 };
 
 struct MomentsArgs {
@@ -100,8 +101,27 @@ struct GaeArgs {
   const float* bootstrap_values;  // null: 0
   float* advantages;
   float* returns;
+  const int64_t* ends;  // sequence b is ends[b] .. ends[b + 1]; null: all have `length`
   int64_t length;
   float gamma, lam;
+  MaskMode mask_mode;
+};
+
+struct RolloutArgs {
+  const float* scores;
+  const float* log_probs;
+  const float* ref_log_probs;
+  const float* values;
+  const uint8_t* mask;
+  const float* token_rewards;     // null: none
+  const float* bootstrap_values;  // null: 0
+  float* advantages;
+  float* returns;
+  float* kl;         // one for each sequence, as are
+  Moments* moments;  // of its advantages
+  int64_t length;
+  float kl_coef, score_clip, gamma, lam;
+  int kl_estimator;
   MaskMode mask_mode;
 };
 
@@ -155,6 +175,8 @@ struct Kernels {
   void (*log_probs_backward)(const LogProbGradArgs&, int64_t begin, int64_t end);
   void (*kl)(const KlArgs&, int64_t begin, int64_t end);
   void (*gae)(const GaeArgs&, int64_t begin, int64_t end);
+  void (*rollout)(const RolloutArgs&, int64_t begin, int64_t end);
+  void (*count)(const CountArgs&, int64_t begin, int64_t end);
   void (*ppo)(const PpoArgs&, int64_t begin, int64_t end);
   void (*value)(const ValueArgs&, int64_t begin, int64_t end);
   void (*moments)(const MomentsArgs&, int64_t begin, int64_t end);

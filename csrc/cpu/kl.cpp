@@ -15,7 +15,7 @@ Tensor elementwise(const Tensor* grad, const Tensor& log_probs, const Tensor& re
   Tensor result = new_floats_like(log_probs);
   const KlArgs args = {read(p),       read(q), read(g), write(result), static_cast<int>(estimator),
                        limits[0], limits[1]};
-  run(kernels().kl, args, log_probs.numel(), kUnit);
+  run(kernels().kl, args, log_probs.numel(), 4 * kThreadsWorth);
   return result;
 }
 

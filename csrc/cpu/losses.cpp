@@ -1,4 +1,4 @@
-// ppo_loss, value_loss and pairwise_reward_loss on CPU: torch-facing side. Counts the tokens, runs the kernel over units
+// ppo_loss and value_loss on CPU: torch-facing side. Counts the tokens, runs the kernel over units
 // and adds the units up in order.
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace {
 // How a loss is divided: over units of fixed length for a mean over tokens, over sequences for everything else.
 struct Division {
   Units units;
-  std::vector<int64_t> counts;
+  Scratch<int64_t> counts;
   double tokens = 0.0, denominator = 0.0;
   bool per_token_mean;
 };
@@ -24,9 +24,9 @@ Division divide(const Tensor& x, const Tensor& mask, const OptionalTensor& denom
           "0 to 2: token-mean, seq-mean-token-sum, seq-mean-token-mean");
   by_sequence = by_sequence || aggregation != kTokenMean;
   require(!by_sequence || x.dim() == 2, "the first argument", "[B, T], because sequences are aggregated");
-  Division d;
-  d.units = by_sequence ? row_units(x.size(0), x.size(1)) : flat_units(x.numel());
-  d.counts = count_units(read_mask(mask), d.units);
+  const Units units = by_sequence ? row_units(x.size(0), x.size(1)) : flat_units(x.numel());
+  Division d = {units, Scratch<int64_t>(number_of(units))};
+  run(kernels().count, {read_mask(mask), units, d.counts.data()}, number_of(units), 16 * grain_of(units.length));
   d.per_token_mean = aggregation == kSeqMeanTokenMean;
   double sequences = 0.0;
   for (const int64_t n : d.counts) {
@@ -41,10 +41,6 @@ Division divide(const Tensor& x, const Tensor& mask, const OptionalTensor& denom
   }
   return d;
 }
-
-double ratio_or_zero(double total, double count) { return count == 0.0 ? 0.0 : total / count; }
-
-Tensor grad_like(const Tensor& x, bool wanted) { return wanted ? new_floats_like(x) : new_floats({0}); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     const Tensor& log_probs, const Tensor& old_log_probs, const Tensor& advantages, const Tensor& mask,
@@ -68,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     rstd = read(stats)[1];
   }
 
-  const Division d = divide(lp, kept, denominator, aggregation, sequence_ratio);
+  Division d = divide(lp, kept, denominator, aggregation, sequence_ratio);
   Tensor grad_log_probs = grad_like(lp, needs_grad), grad_entropy = grad_like(lp, needs_grad && ent.has_value());
-  std::vector<PpoSums> parts(number_of(d.units));
+  Scratch<PpoSums> parts(number_of(d.units));
   const PpoArgs args = {read(lp),
                         read(old),
                         read(adv),
@@ -95,13 +91,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
                         needs_grad ? write(grad_log_probs) : nullptr,
                         needs_grad && ent.has_value() ? write(grad_entropy) : nullptr,
                         parts.data()};
-  run(kernels().ppo, args, number_of(d.units), 1 + kUnit / d.units.length);
+  run(kernels().ppo, args, number_of(d.units), grain_of(d.units.length));
 
   PpoSums total = {};
   double policy_loss = 0.0, kl_loss = 0.0, entropy_loss = 0.0;
   total.ratio_min = std::numeric_limits<float>::infinity();
   total.ratio_max = -total.ratio_min;
-  for (size_t i = 0; i < parts.size(); ++i) {
+  for (int64_t i = 0; i < number_of(d.units); ++i) {
     if (d.counts[i] == 0) continue;
     const double share = d.per_token_mean ? 1.0 / d.counts[i] : 1.0;
     policy_loss += parts[i].surrogate * share;
@@ -123,19 +119,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   // Minima lose a nan. The sum of the ratios does not, and nothing else makes it one: ratios are not negative.
   if (std::isnan(total.ratio)) total.ratio_min = total.ratio_max = std::numeric_limits<float>::quiet_NaN();
 
-  Tensor stats = new_floats({10});
   const double n = d.tokens;
-  const double numbers[] = {ratio_or_zero(policy_loss, d.denominator),
-                            ratio_or_zero(total.approx_kl, n),
-                            ratio_or_zero(total.clipped, n),
-                            ratio_or_zero(total.dual_clipped, n),
-                            ratio_or_zero(total.ratio, n),
-                            n == 0.0 ? 0.0 : total.ratio_min,
-                            n == 0.0 ? 0.0 : total.ratio_max,
-                            ratio_or_zero(total.entropy, n),
-                            ratio_or_zero(total.kl, n),
-                            n};
-  std::copy(std::begin(numbers), std::end(numbers), write(stats));
+  const Tensor stats = scalars({ratio_or_zero(policy_loss, d.denominator), ratio_or_zero(total.approx_kl, n),
+                                ratio_or_zero(total.clipped, n), ratio_or_zero(total.dual_clipped, n),
+                                ratio_or_zero(total.ratio, n), n == 0.0 ? 0.0 : total.ratio_min,
+                                n == 0.0 ? 0.0 : total.ratio_max, ratio_or_zero(total.entropy, n),
+                                ratio_or_zero(total.kl, n), n});
   return {scalar(ratio_or_zero(loss, d.denominator)), stats, grad_log_probs, grad_entropy};
 }
 
@@ -146,18 +135,18 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Option
   const Tensor v = floats("values", values, values), r = floats("returns", returns, values);
   const Tensor kept = bools("mask", mask, values);
   const OptionalTensor old = floats("old_values", old_values, values);
-  const Division d = divide(v, kept, denominator, aggregation, false);
+  Division d = divide(v, kept, denominator, aggregation, false);
   Tensor grad = grad_like(v, needs_grad);
-  std::vector<ValueSums> parts(number_of(d.units));
+  Scratch<ValueSums> parts(number_of(d.units));
   const ValueArgs args = {read(v),         read(old), read(r),       read_mask(kept),
                           d.units,         d.counts.data(),          d.denominator,
                           *numbers("clip", clip, 1),   d.per_token_mean, needs_grad ? write(grad) : nullptr,
                           parts.data()};
-  run(kernels().value, args, number_of(d.units), 1 + kUnit / d.units.length);
+  run(kernels().value, args, number_of(d.units), grain_of(d.units.length));
 
   double loss = 0.0, clipped = 0.0;
   Moments value = {0.0, 0.0, 0.0}, target = value, error = value;
-  for (size_t i = 0; i < parts.size(); ++i) {
+  for (int64_t i = 0; i < number_of(d.units); ++i) {
     if (d.counts[i] == 0) continue;
     loss += parts[i].loss * (d.per_token_mean ? 1.0 / d.counts[i] : 1.0);
     clipped += parts[i].clipped;
@@ -165,44 +154,9 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Option
     target = combine(target, parts[i].target);
     error = combine(error, parts[i].error);
   }
-  Tensor stats = new_floats({5});
-  const double numbers[] = {ratio_or_zero(clipped, d.tokens), value.mean, target.mean,
-                            target.squares > 0.0 ? 1.0 - error.squares / target.squares : 0.0, d.tokens};
-  std::copy(std::begin(numbers), std::end(numbers), write(stats));
+  const double explained = target.squares > 0.0 ? 1.0 - error.squares / target.squares : 0.0;
+  const Tensor stats = scalars({ratio_or_zero(clipped, d.tokens), value.mean, target.mean, explained, d.tokens});
   return {scalar(ratio_or_zero(loss, d.denominator)), stats, grad};
-}
-
-// A pair is two numbers; there are never enough of them to need more than this loop.
-std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_reward_loss(const Tensor& chosen, const Tensor& rejected,
-                                                                const OptionalTensor& margin, const Tensor& center_coef,
-                                                                bool needs_grad) {
-  const Tensor c = floats("chosen", chosen, chosen), r = floats("rejected", rejected, chosen);
-  const OptionalTensor m = floats("margin", margin, chosen);
-  Tensor grad_chosen = grad_like(c, needs_grad), grad_rejected = grad_like(c, needs_grad);
-  const double coef = *numbers("center_coef", center_coef, 1);
-  const int64_t n = c.numel();
-  const double share = n == 0 ? 0.0 : 1.0 / static_cast<double>(n);
-  double loss = 0.0, won = 0.0, difference = 0.0, sum_chosen = 0.0, sum_rejected = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double a = read(c)[i], b = read(r)[i], d = a - b, both = a + b;
-    const double x = m.has_value() ? d - read(m)[i] : d;
-    const double tail = std::exp(-std::abs(x));                // exp never overflows this way round
-    loss += std::max(-x, 0.0) + std::log1p(tail) + coef * both * both;
-    if (std::isnan(x)) loss = x;  // std::max may have dropped it
-    won += d > 0.0 ? 1.0 : d == 0.0 ? 0.5 : 0.0;
-    difference += d;
-    sum_chosen += a;
-    sum_rejected += b;
-    if (!needs_grad) continue;
-    const double slope = (x > 0.0 ? tail : 1.0) / (1.0 + tail);  // sigmoid(-x)
-    const double center = 2.0 * coef * both;
-    write(grad_chosen)[i] = static_cast<float>(share * (center - slope));
-    write(grad_rejected)[i] = static_cast<float>(share * (center + slope));
-  }
-  Tensor stats = new_floats({4});
-  const double numbers[] = {won * share, difference * share, sum_chosen * share, sum_rejected * share};
-  std::copy(std::begin(numbers), std::end(numbers), write(stats));
-  return {scalar(loss * share), stats, grad_chosen, grad_rejected};
 }
 
 }  // namespace
@@ -212,5 +166,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastrlhf, CPU, m) {
   if (fastrlhf::reference_is_forced()) return;
   m.impl("ppo_loss", TORCH_BOX(&fastrlhf::ppo_loss));
   m.impl("value_loss", TORCH_BOX(&fastrlhf::value_loss));
-  m.impl("pairwise_reward_loss", TORCH_BOX(&fastrlhf::pairwise_reward_loss));
 }

@@ -1,22 +1,11 @@
 // masked_mean and masked_whiten on CPU: torch-facing side.
 
+#include <algorithm>
 #include <cmath>
 
 #include "tensors.h"
 
 namespace fastrlhf {
-
-std::vector<int64_t> count_units(const uint8_t* mask, const Units& units) {
-  std::vector<int64_t> counts(number_of(units), 0);
-  const auto count = [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const Span span = span_of(units, unit);
-      counts[unit] = count_kept(mask + span.start, span.length);
-    }
-  };
-  if (!counts.empty()) torch::stable::parallel_for(0, counts.size(), 16, count);
-  return counts;
-}
 
 // Chan, Golub and LeVeque 1983: exact, where subtracting squared means would cancel.
 Moments combine(const Moments& a, const Moments& b) {
@@ -26,12 +15,16 @@ Moments combine(const Moments& a, const Moments& b) {
   return {count, a.mean + step * (b.count / count), a.squares + b.squares + step * step * (a.count * b.count / count)};
 }
 
+double inverse_deviation(const Moments& m, bool unbiased, double eps) {
+  return 1.0 / std::sqrt(m.squares / std::max(unbiased ? m.count - 1.0 : m.count, 1.0) + eps);
+}
+
 namespace {
 
-std::vector<Moments> moments_of_units(const Tensor& x, const Tensor& mask, const Units& units) {
-  std::vector<Moments> result(number_of(units), Moments{0.0, 0.0, 0.0});
+Scratch<Moments> moments_of_units(const Tensor& x, const Tensor& mask, const Units& units) {
+  Scratch<Moments> result(number_of(units));
   const MomentsArgs args = {read(x), read_mask(mask), units, result.data()};
-  run(kernels().moments, args, number_of(units), 1 + kUnit / units.length);
+  run(kernels().moments, args, number_of(units), 4 * grain_of(units.length));
   return result;
 }
 
@@ -41,11 +34,11 @@ std::tuple<Tensor, Tensor> masked_mean(const Tensor& x, const Tensor& mask) {
   const int64_t rows = x.size(0), columns = x.size(1);
   const int64_t length = std::min(std::max<int64_t>(columns, 1), kUnit);
   const Units units = {rows, columns, length, (columns + length - 1) / length};
-  const auto parts = moments_of_units(kept, m, units);
+  Scratch<Moments> parts = moments_of_units(kept, m, units);
   Tensor mean = new_floats({rows}), count = new_floats({rows});
   for (int64_t row = 0; row < rows; ++row) {
-    Moments total = {0.0, 0.0, 0.0};
-    for (int64_t i = 0; i < units.per_row; ++i) total = combine(total, parts[row * units.per_row + i]);
+    const Moments* first = parts.data() + row * units.per_row;
+    const Moments total = combine(first, first + units.per_row);
     write(mean)[row] = static_cast<float>(total.mean);
     write(count)[row] = static_cast<float>(total.count);
   }
@@ -55,19 +48,14 @@ std::tuple<Tensor, Tensor> masked_mean(const Tensor& x, const Tensor& mask) {
 std::tuple<Tensor, Tensor> masked_whiten(const Tensor& x, const Tensor& mask, bool shift_mean, bool unbiased,
                                          const Tensor& eps) {
   const Tensor kept = floats("x", x, x), m = bools("mask", mask, x);
-  Moments total = {0.0, 0.0, 0.0};
-  for (const Moments& part : moments_of_units(kept, m, flat_units(x.numel()))) total = combine(total, part);
-  const double variance = total.squares / std::max(unbiased ? total.count - 1.0 : total.count, 1.0);
-  const double rstd = 1.0 / std::sqrt(variance + *numbers("eps", eps, 1));
-  Tensor whitened = new_floats_like(x), stats = new_floats({3});
+  Scratch<Moments> parts = moments_of_units(kept, m, flat_units(x.numel()));
+  const Moments total = combine(parts.begin(), parts.end());
   const auto mean = static_cast<float>(total.mean);
-  const WhitenArgs args = {read(kept), read_mask(m),                 write(whitened),
-                           mean,       static_cast<float>(rstd), shift_mean ? 0.0f : mean};
-  run(kernels().whiten, args, x.numel(), kUnit);
-  write(stats)[0] = mean;
-  write(stats)[1] = static_cast<float>(rstd);
-  write(stats)[2] = static_cast<float>(total.count);
-  return {whitened, stats};
+  const auto rstd = static_cast<float>(inverse_deviation(total, unbiased, *numbers("eps", eps, 1)));
+  Tensor whitened = new_floats_like(x);
+  const WhitenArgs args = {read(kept), read_mask(m), write(whitened), mean, rstd, shift_mean ? 0.0f : mean};
+  run(kernels().whiten, args, x.numel(), 4 * kThreadsWorth);
+  return {whitened, scalars({mean, rstd, total.count})};
 }
 
 }  // namespace

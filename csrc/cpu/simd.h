@@ -7,6 +7,9 @@
 //
 // Conventions: larger(a, b) is a > b ? a : b and smaller(a, b) is a < b ? a : b, so that a nan in b survives, as it does
 // in torch.clamp when b is the value. Comparisons with nan are false. `first` functions touch only the first n lanes.
+// load_kept(from, keep, n) gives 0 in the other lanes, whatever stands there. compress moves the kept lanes to the front
+// (what follows them is anything), expand moves them back, with 0 between. later_lanes<k>(a, after) is a[k] ..
+// a[kWidth - 1], after[0] .. after[k - 1]. count_bytes counts those of kBytes bytes that are not 0.
 #pragma once
 
 #include <stdint.h>

@@ -98,5 +98,43 @@ FASTRLHF_INLINE void store(fp16* to, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+FASTRLHF_INLINE Vec load_kept(const float* from, Mask keep, int) {  // touches no memory outside its lanes
+  return _mm256_maskload_ps(from, _mm256_castps_si256(keep.m));
+}
+
+FASTRLHF_INLINE bool all(Mask m) { return _mm256_movemask_ps(m.m) == 0xff; }
+FASTRLHF_INLINE Vec compress(Vec a, Mask keep) {
+  float lanes[kWidth], kept[kWidth] = {0};
+  store(lanes, a);
+  for (int i = 0, n = 0, bits = _mm256_movemask_ps(keep.m); i < kWidth; ++i) {
+    kept[n] = lanes[i];
+    n += bits >> i & 1;
+  }
+  return load(kept);
+}
+FASTRLHF_INLINE Vec expand(Vec a, Mask keep) {
+  float lanes[kWidth], spread[kWidth];
+  store(lanes, a);
+  for (int i = 0, n = 0, bits = _mm256_movemask_ps(keep.m); i < kWidth; ++i) {
+    spread[i] = lanes[n];
+    n += bits >> i & 1;
+  }
+  return _mm256_and_ps(load(spread).v, keep.m);
+}
+template <int k>
+FASTRLHF_INLINE Vec later_lanes(Vec a, Vec after) {
+  const __m256i lane = _mm256_setr_epi32(k, k + 1, k + 2, k + 3, k + 4, k + 5, k + 6, k + 7);  // modulo 8
+  return _mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, lane), _mm256_permutevar8x32_ps(after.v, lane),
+                         0xff & (0xff << (kWidth - k)));
+}
+FASTRLHF_INLINE Vec broadcast_first(Vec a) { return _mm256_broadcastss_ps(_mm256_castps256_ps128(a.v)); }
+
+constexpr int kBytes = 32;
+FASTRLHF_INLINE int count_bytes(const uint8_t* from) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const int zeros = _mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256()));
+  return kBytes - __builtin_popcount(zeros);
+}
+
 }  // namespace FASTRLHF_CAPABILITY
 }  // namespace fastrlhf

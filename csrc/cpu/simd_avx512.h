@@ -71,5 +71,30 @@ FASTRLHF_INLINE void store(fp16* to, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Masked loads and stores touch no memory outside their lanes; these go before the general ones of simd.h.
+FASTRLHF_INLINE Vec load_first(const float* from, int n, float fill) {
+  return n == kWidth ? load(from) : _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n).m, from);
+}
+FASTRLHF_INLINE void store_first(float* to, Vec x, int n) {
+  if (n == kWidth) return store(to, x);
+  _mm512_mask_storeu_ps(to, first_lanes(n).m, x.v);
+}
+FASTRLHF_INLINE Vec load_kept(const float* from, Mask keep, int) { return _mm512_maskz_loadu_ps(keep.m, from); }
+
+FASTRLHF_INLINE bool all(Mask m) { return m.m == 0xffff; }
+FASTRLHF_INLINE Vec compress(Vec a, Mask keep) { return _mm512_maskz_compress_ps(keep.m, a.v); }
+FASTRLHF_INLINE Vec expand(Vec a, Mask keep) { return _mm512_maskz_expand_ps(keep.m, a.v); }
+template <int k>
+FASTRLHF_INLINE Vec later_lanes(Vec a, Vec after) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(after.v), _mm512_castps_si512(a.v), k));
+}
+FASTRLHF_INLINE Vec broadcast_first(Vec a) { return _mm512_broadcastss_ps(_mm512_castps512_ps128(a.v)); }
+
+constexpr int kBytes = 64;
+FASTRLHF_INLINE int count_bytes(const uint8_t* from) {
+  const __m512i bytes = _mm512_loadu_si512(from);
+  return __builtin_popcountll(_mm512_test_epi8_mask(bytes, bytes));
+}
+
 }  // namespace FASTRLHF_CAPABILITY
 }  // namespace fastrlhf

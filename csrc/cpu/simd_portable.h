@@ -128,6 +128,48 @@ FASTRLHF_INLINE void store(T* to, Vec x) {
   for (int i = 0; i < kWidth; ++i) from_float(x.lane[i], to + i);
 }
 
+FASTRLHF_INLINE Vec load_kept(const float* from, Mask keep, int n) {
+  Vec x(0.0f);
+  memcpy(x.lane, from, n * sizeof(float));
+  return select(keep, x, Vec(0.0f));
+}
+
+FASTRLHF_INLINE bool all(Mask m) { return count(m) == kWidth; }
+FASTRLHF_INLINE Vec compress(Vec a, Mask keep) {
+  Vec r(0.0f);
+  for (int i = 0, n = 0; i < kWidth; ++i) {
+    r.lane[n] = a.lane[i];
+    n += keep.lane[i] & 1;
+  }
+  return r;
+}
+FASTRLHF_INLINE Vec expand(Vec a, Mask keep) {
+  Vec r;
+  for (int i = 0, n = 0; i < kWidth; ++i) {
+    r.lane[i] = float_of(bits_of(a.lane[n]) & keep.lane[i]);
+    n += keep.lane[i] & 1;
+  }
+  return r;
+}
+template <int k>
+FASTRLHF_INLINE Vec later_lanes(Vec a, Vec after) {
+  FASTRLHF_LANES(Vec, i + k < kWidth ? a.lane[i + k] : after.lane[i + k - kWidth])
+}
+FASTRLHF_INLINE Vec broadcast_first(Vec a) { return Vec(a.lane[0]); }
+
+constexpr int kBytes = 8;
+FASTRLHF_INLINE int count_bytes(const uint8_t* from) {
+  int n = 0;
+  for (int i = 0; i < kBytes; ++i) n += from[i] != 0;
+  return n;
+}
+
+template <class T>
+FASTRLHF_INLINE void store_pair(T* to, Vec a, Vec b) {
+  store(to, a);
+  store(to + kWidth, b);
+}
+
 #undef FASTRLHF_LANES
 
 }  // namespace FASTRLHF_CAPABILITY

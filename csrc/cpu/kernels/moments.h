@@ -1,6 +1,6 @@
-// Count, mean and squared deviations of a short stretch, in two looks at memory that is still in L1: no cancellation.
-// Both look at the distance to a pivot, the first element that counts: equal numbers have exactly themselves as their
-// mean, and no deviation, however the number rounds.
+// Count, mean and squared deviations in one look, by way of the distances to a pivot, the first number that counts: equal
+// numbers have exactly themselves as their mean and no deviation, however the mean rounds. Nor does the variance cancel:
+// the pivot is one of n numbers, so its squared distance to the mean is at most n times the variance.
 #pragma once
 
 #include "units.h"
@@ -8,31 +8,34 @@
 namespace fastrlhf {
 namespace FASTRLHF_CAPABILITY {
 
-// value(i, n) gives the vector of elements i .. i + n.
-template <class Value>
-FASTRLHF_INLINE Moments moments_of(int64_t length, int64_t counted, const uint8_t* mask, const Value& value) {
-  if (counted == 0) return {0.0, 0.0, 0.0};
-  int64_t at = 0;
-  while (mask[at] == 0) ++at;
-  float start = first(value(at, 1));
-  if (!(__builtin_fabsf(start) < 1e30f)) start = 0.0f;  // inf - inf would be a nan, and a huge distance an inf
-  const Vec pivot(start);
-  Sum total;
-  for_each_vector(
-      length,
-      [&](int64_t i, int n) { add(total, select(load_mask_first(mask + i, n), value(i, n) - pivot, Vec(0.0f))); },
-      [&] { flush(total); });
-  const double distance = total.total / counted;
-  const Vec center(static_cast<float>(distance));
-  Sum squares;
-  for_each_vector(
-      length,
-      [&](int64_t i, int n) {
-        const Vec d = select(load_mask_first(mask + i, n), (value(i, n) - pivot) - center, Vec(0.0f));
-        add(squares, d * d);
-      },
-      [&] { flush(squares); });
-  return {static_cast<double>(counted), start + distance, squares.total};
+struct Spread {
+  Sum distances, squares;
+  float pivot = 0.0f;
+  int64_t counted = 0;
+};
+
+FASTRLHF_INLINE void add(Spread& s, Vec x, Mask keep) {
+  if (s.counted == 0 && count(keep) > 0) {
+    s.pivot = first(compress(x, keep));
+    if (!(__builtin_fabsf(s.pivot) < 1e30f)) s.pivot = 0.0f;  // inf - inf would be a nan, and a huge distance an inf
+  }
+  s.counted += count(keep);
+  const Vec d = select(keep, x - Vec(s.pivot), Vec(0.0f));
+  add(s.distances, d);
+  s.squares.lanes = fma(d, d, s.squares.lanes);
+}
+
+FASTRLHF_INLINE void flush(Spread& s) {
+  flush(s.distances);
+  flush(s.squares);
+}
+
+FASTRLHF_INLINE Moments moments_of(Spread& s) {
+  if (s.counted == 0) return {0.0, 0.0, 0.0};
+  flush(s);
+  const double count = static_cast<double>(s.counted), step = s.distances.total / count;
+  const double squares = s.squares.total - s.distances.total * step;
+  return {count, s.pivot + step, squares < 0.0 ? 0.0 : squares};
 }
 
 }  // namespace FASTRLHF_CAPABILITY

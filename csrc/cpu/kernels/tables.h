@@ -10,6 +10,8 @@
   void log_probs_backward(const LogProbGradArgs&, int64_t begin, int64_t end);            \
   void kl(const KlArgs&, int64_t begin, int64_t end);                                     \
   void gae(const GaeArgs&, int64_t begin, int64_t end);                                   \
+  void rollout(const RolloutArgs&, int64_t begin, int64_t end);                           \
+  void count(const CountArgs&, int64_t begin, int64_t end);                               \
   void ppo(const PpoArgs&, int64_t begin, int64_t end);                                   \
   void value(const ValueArgs&, int64_t begin, int64_t end);                               \
   void moments(const MomentsArgs&, int64_t begin, int64_t end);                           \

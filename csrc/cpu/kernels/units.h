@@ -9,6 +9,15 @@ namespace FASTRLHF_CAPABILITY {
 // fp32 lanes are emptied into doubles this often (in elements): long sums stay as exact as torch's pairwise ones.
 constexpr int64_t kFlush = 32 * kWidth;
 
+// Calls body(i, n) for the vectors of [begin, end): n elements from i on, n < kWidth only in the last one. A body that is
+// to stay in registers has to say always_inline: there are two calls.
+template <class Body>
+FASTRLHF_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + kWidth <= end; i += kWidth) body(i, kWidth);
+  if (i < end) body(i, static_cast<int>(end - i));
+}
+
 // Calls body(i, n) for the vectors of [0, length): n elements from i on, n < kWidth only in the last one; after
 // every kFlush elements and at the end, flush().
 template <class Body, class Flush>
@@ -20,6 +29,13 @@ FASTRLHF_INLINE void for_each_vector(int64_t length, const Body& body, const Flu
     if (i < stop) body(i, static_cast<int>(stop - i));
     flush();
   }
+}
+
+FASTRLHF_INLINE int64_t count_kept(const uint8_t* mask, int64_t length) {
+  int64_t n = 0, i = 0;
+  for (; i + kBytes <= length; i += kBytes) n += count_bytes(mask + i);
+  for (; i < length; ++i) n += mask[i] != 0;
+  return n;
 }
 
 // A sum in fp32 lanes that empties into a double.
