@@ -19,9 +19,8 @@ def targets(tmp_path, **options):
 
 def test_three_tokens_by_hand(tmp_path):
     result = targets(tmp_path, kl_coef=0.1, gamma=1.0, lam=0.5, whiten_advantages=False)
-    torch.testing.assert_close(result.kl, torch.tensor([[0.5, -1.0, 0.0], [0.0, 0.0, 0.0]]))
-    # the score stands on the last token of each response, never after it (TRL #3750, #5338)
-    torch.testing.assert_close(result.rewards, torch.tensor([[-0.05, 0.1, 2.0], [-1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(result.kl, torch.tensor([-0.5, 0.0]))
+    # rewards -0.05, 0.1, 2.0 and -1.0: the score stands on a response's last token, never after it (TRL #3750, #5338)
     d3 = 2.0 - 0.3
     d2 = 0.1 + 0.3 - 0.2
     d1 = -0.05 + 0.2 - 0.1
@@ -32,7 +31,9 @@ def test_three_tokens_by_hand(tmp_path):
 
 def test_whitening_counts_the_responses_tokens_only(tmp_path):
     result = targets(tmp_path, kl_coef=0.1, lam=0.5)
-    whitened = result.advantages[result.mask.bool()]
-    assert whitened.mean().item() == pytest.approx(0, abs=1e-6)
-    assert whitened.var().item() == pytest.approx(1, abs=1e-5)
+    counted = result.advantages[result.mask.bool()]
+    mean, rstd = result.advantage_stats
+    assert mean.item() == pytest.approx(counted.mean().item(), abs=1e-6)
+    assert rstd.item() == pytest.approx(1 / counted.std().item(), rel=1e-5)
     assert not result.advantages[~result.mask.bool()].any()
+    assert targets(tmp_path, whiten_advantages=False).advantage_stats is None

@@ -161,6 +161,7 @@ class PPOTrainer(ScorerTrainer):
                     mask,
                     clip_low=args.cliprange,
                     clip_high=args.cliprange,
+                    advantage_stats=targets.advantage_stats,
                     entropy=entropy,
                     entropy_coef=args.entropy_coef,
                     denominator=denominator,

@@ -21,15 +21,14 @@ def rollout_metrics(
 
     objective/kl is the KL of a whole response to the reference, in nats; objective/rlhf_reward is score - kl_coef KL.
     """
-    kl = targets.kl.sum(dim=1)
     lengths = rollout.lengths.float()
     parts = {f"rewards/{name}": values.mean() for name, values in each.items()} if len(each) > 1 else {}
     return {
         **parts,
-        "objective/kl": kl.mean(),
+        "objective/kl": targets.kl.mean(),
         "objective/entropy": F.masked_mean(entropy, targets.mask),
         "objective/scores": scores.mean(),
-        "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
+        "objective/rlhf_reward": (scores - kl_coef * targets.kl).mean(),
         "rollout/length": lengths.mean(),
         "val/num_eos_tokens": scores.new_tensor(float(sum(rollout.finished))),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fastrlhf import functional as F
@@ -13,18 +12,19 @@ from fastrlhf.trainers.config import PPOConfig
 
 @dataclass
 class Targets:
-    """Of one rollout, all [B, T] and constants of its updates; 0 where the mask is 0.
+    """Of one rollout, all constants of its updates; the [B, T] ones are 0 where the mask is 0.
 
-    log_probs, values: of the policy that sampled. kl: per-token KL to the reference (its estimator's value).
-    rewards: -kl_coef kl, plus the score at the last token. advantages: whitened if so configured. mask: 1 = a token.
+    log_probs, values: [B, T], of the policy that sampled. kl: [B], of each response to the reference, in nats.
+    advantages, returns: [B, T]. advantage_stats: [2], what the advantages are whitened with, or None if they are not.
+    mask: [B, T], 1 = a token.
     """
 
     log_probs: Tensor
     values: Tensor
     kl: Tensor
-    rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    advantage_stats: Tensor | None
     mask: Tensor
 
 
@@ -32,11 +32,16 @@ def ppo_targets(
     scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, mask: Tensor, args: PPOConfig
 ) -> Targets:
     """KL penalty at every token, score [B] at the response's last (its EOS, if it has one), GAE, whitening."""
-    kl = F.kl_divergence(log_probs, ref_log_probs, estimator=args.kl_estimator) * mask
-    rewards = -args.kl_coef * kl
-    last = mask.sum(dim=1).long() - 1
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
-    advantages, returns = F.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-    if args.whiten_advantages:
-        advantages = F.masked_whiten(advantages, mask) * mask
-    return Targets(log_probs, values, kl, rewards, advantages, returns, mask)
+    target = F.rollout_advantages(
+        scores,
+        log_probs,
+        ref_log_probs,
+        values,
+        mask,
+        kl_coef=args.kl_coef,
+        kl_estimator=args.kl_estimator,
+        gamma=args.gamma,
+        lam=args.lam,
+    )
+    stats = target.advantage_stats if args.whiten_advantages else None
+    return Targets(log_probs, values, target.kl, target.advantages, target.returns, stats, mask)
