@@ -42,7 +42,8 @@ def forward_backward(
 
     def contest(run: Run, work: Callable) -> Contender:
         def prepare():
-            with_leaves = [x.detach().requires_grad_() if i in leaves else x for i, x in enumerate(inputs)]
+            # Clones, because some peers write the gradient over what they were given.
+            with_leaves = [x.detach().clone().requires_grad_() if i in leaves else x for i, x in enumerate(inputs)]
             return run.convert(*with_leaves), [with_leaves[i] for i in leaves]
 
         def timed(prepared):

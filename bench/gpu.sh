@@ -2,28 +2,38 @@
 # On a GPU machine: builds, runs the tests marked `gpu`, then every GPU benchmark, within 25 minutes; results in
 # bench/results/<device>/. Goes on when a part fails, says so at the end, and then exits with 1.
 #
-#   bench/gpu.sh
+#   bench/gpu.sh [PART...]
 #
-# Needs a Python with a CUDA build of torch, a C++ compiler, pytest and rich; nothing is downloaded. PYTHON chooses the
-# Python (python3). Peers that Python can import take part. Others can come along as wheels in bench/wheels/ (not in
+# Without arguments every part runs: peers build tests log_probs losses advantages calls accuracy. Needs a Python with
+# a CUDA build of torch, a C++ compiler, pytest and rich; nothing is downloaded. PYTHON chooses the Python (python3).
+# Peers that Python can import take part. Others can come along as wheels in bench/wheels/ (not in
 # version control), fetched elsewhere, for Python 3.12 say, with
 #
 #   cd bench/wheels && pip download --no-deps --python-version 3.12 --platform manylinux2014_x86_64 \
-#       --platform manylinux_2_28_x86_64 --platform manylinux1_x86_64 trl==1.16.0 verl==0.9.1 openrlhf==0.11.2 \
-#       liger-kernel==0.8.5 torchrl==0.14.1 tensordict==0.14.3 hoptorch pyvers cloudpickle hypothesis
+#       --platform manylinux_2_28_x86_64 --platform manylinux1_x86_64 trl==1.12.0 verl==0.9.1 openrlhf==0.11.2 \
+#       liger-kernel==0.8.5 torchrl==0.14.1 tensordict==0.14.3 hoptorch pyvers cloudpickle
+#   pip download --no-deps trl==1.16.0
 #
 # TRL's Triton kernel is in 1.16 and its PPO in 1.12: the wheel of the later one is unpacked apart, as trl_latest.
+# flash-attn has no wheel on PyPI; of its files one in Triton is used, and this makes a wheel without the CUDA part:
+#
+#   FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+#       pip wheel --no-deps --no-build-isolation flash-attn==2.8.3
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-SITE=$PWD/build/gpu-site # what Python gets on top of what it has
+# What Python gets on top of what it has: fastrlhf for everything, the peers for the benchmarks alone.
+SITE=$PWD/build/gpu-site
+PEERS=$PWD/build/gpu-peers
+WANTED=" $* "
 FAILED=()
 
-# part NAME SECONDS COMMAND...: runs it under a limit of time, and remembers when it fails.
+# part NAME SECONDS COMMAND...: runs it under a limit of time if it is wanted, and remembers when it fails.
 part() {
     local name=$1 seconds=$2 started=$SECONDS
     shift 2
+    [[ $WANTED == *[![:space:]]* && $WANTED != *" $name "* ]] && return 0
     printf '\n=== %s (at most %s s)\n' "$name" "$seconds"
     if timeout --kill-after=10 "$seconds" "$@"; then
         printf '=== %s: done in %s s\n' "$name" $((SECONDS - started))
@@ -47,20 +57,22 @@ PY
 
 unpack() {
     local wheel target
+    rm -rf "$PEERS" && mkdir -p "$PEERS"
     for wheel in bench/wheels/*.whl; do
-        target=$SITE
-        [[ $wheel == */trl-1.1[3-9]* ]] && target=$SITE/trl_latest
+        target=$PEERS
+        [[ $wheel == */trl-1.1[3-9]* ]] && target=$PEERS/trl_latest
         "$PYTHON" -m zipfile -e "$wheel" "$target" || return 1
     done
     # Some wheels keep their package under NAME.data/purelib.
-    for wheel in "$SITE"/*.data/purelib/* "$SITE"/*.data/platlib/*; do
-        [[ -e $wheel ]] && cp -rn "$wheel" "$SITE/"
+    for wheel in "$PEERS"/*.data/purelib/* "$PEERS"/*.data/platlib/*; do
+        [[ -e $wheel ]] && cp -rn "$wheel" "$PEERS/"
     done
     return 0
 }
 
 # The package as it will be installed, from links: nothing is written into the Python that is there.
 build() {
+    rm -rf "$SITE"
     "$PYTHON" setup.py -q build_ext --inplace || return 1
     mkdir -p "$SITE/fastrlhf" && cp -rsf "$PWD"/fastrlhf/* "$SITE/fastrlhf/" || return 1
     ln -sfn "$PWD/kernels/triton" "$SITE/fastrlhf/kernels"
@@ -71,16 +83,15 @@ build() {
 }
 
 bench() {
-    "$PYTHON" -m fastrlhf bench kernels --device cuda --only "$1"
+    PYTHONPATH=$PYTHONPATH:$PEERS "$PYTHON" -m fastrlhf bench kernels --device cuda --only "$1"
 }
 
-export PYTHON SITE
-export -f check unpack build bench
+export PYTHON SITE PEERS
+export -f unpack build bench
 # PYTHONSAFEPATH (Python 3.11): or the folder fastrlhf in the working directory would come before $SITE.
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-rm -rf "$SITE" && mkdir -p "$SITE"
 
-part "GPU" 60 bash -c check || exit 1
+check || exit 1
 compgen -G 'bench/wheels/*.whl' > /dev/null && part "peers" 60 bash -c unpack
 part "build" 300 bash -c build || exit 1
 # Only the files that hold such tests: others import what a bare machine does not have.

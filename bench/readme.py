@@ -40,8 +40,10 @@ def performance_tables(folder: Path) -> str:
 
 
 def _of_device(folder: Path) -> list[str]:
-    found = {path.stem: records.read(path) for path in sorted(folder.glob("*.json")) if path.stem != "demo"}
-    usual = {name: content for name, content in found.items() if "-" not in name}
+    families = (*FAMILIES, "calls", "accuracy")
+    known = [*families, *(f"{name}-{variant}" for name in families for variant in VARIANTS)]
+    found = {name: records.read(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()}
+    usual = {name: found[name] for name in families if name in found}
     if not usual:
         return []
     about = next(iter(usual.values()))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -489,3 +492,19 @@ def test_the_tables_for_the_terminal_show_everybody(only_us):
     assert "A: has none" in text
     assert "missed" in text
     assert "not measured" in text
+
+
+class TestGpuScript:
+    SCRIPT = ROOT / "bench" / "gpu.sh"
+
+    def test_every_family_runs_and_all_parts_fit_in_25_minutes(self):
+        parts = dict(re.findall(r'part "(\w+)" (\d+)', self.SCRIPT.read_text()))
+        assert set(parts) == {"peers", "build", "tests", *suite.FAMILIES, suite.ACCURACY}
+        assert sum(map(int, parts.values())) <= 25 * 60
+
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+    def test_without_a_gpu_it_says_so(self):
+        environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(["bash", self.SCRIPT], env=environment, capture_output=True, text=True)
+        assert run.returncode == 1
+        assert "finds no GPU that it can use" in run.stderr
