@@ -17,7 +17,10 @@ import fastrlhf
 ROOT = Path(__file__).parents[1]
 OP_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("log_probs", "log_probs_contract", "losses", "losses_contract", "kl", "advantages", "masked")
+    for name in (
+        *("log_probs", "log_probs_contract", "kl", "advantages", "gae_packed", "rollout_advantages"),
+        *("losses", "losses_contract", "masked", "preferences"),
+    )
 ]
 CHOSEN = fastrlhf.backend_table()["gae"]["cpu"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

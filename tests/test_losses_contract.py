@@ -70,14 +70,6 @@ def test_nothing_counts(aggregation, shape):
     assert not leaf.grad.any()
 
 
-def test_no_pairs():
-    chosen = torch.zeros(0, requires_grad=True)
-    loss, stats = F.pairwise_reward_loss(chosen, torch.zeros(0))
-    loss.backward()
-    assert loss.item() == 0.0
-    assert not torch.stack(list(stats)).any()
-
-
 def test_impossible_tokens_and_overflowing_ratios():
     """+-inf log-probs meet the clamp; the gradient there is 0, and nothing turns into nan."""
     inf = math.inf
@@ -107,7 +99,6 @@ def test_nan_in_a_token_that_counts_is_not_hidden(bad):
     loss, _ = F.ppo_loss(broken, broken.clone(), x + 1, torch.ones(1, 3))
     assert loss.isnan()
     assert F.value_loss(broken, None, broken.clone(), torch.ones(1, 3))[0].isnan()
-    assert F.pairwise_reward_loss(broken[0], broken[0].clone())[0].isnan()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
@@ -182,6 +173,7 @@ DIFFERENTIABLE = {
     "ppo_loss, entropy": lambda x: F.ppo_loss(ONES, ONES, ONES, ONES, entropy=x, entropy_coef=0.1)[0],
     "value_loss": lambda x: F.value_loss(x, None, ONES, ONES)[0],
     "pairwise_reward_loss": lambda x: F.pairwise_reward_loss(x[0], ONES[0])[0],
+    "dpo_loss": lambda x: F.dpo_loss(x[0], x[1], ONES[0], ONES[1])[0],
     "kl_divergence": lambda x: F.kl_divergence(x, ONES, estimator="k3"),
     "kl_divergence, reference": lambda x: F.kl_divergence(ONES, x, estimator="k2"),
     "masked_whiten": lambda x: F.masked_whiten(x, ONES).pow(2),
@@ -320,16 +312,12 @@ def test_sequences_are_needed_for_sequence_options():
             F.ppo_loss(x, x, x, x, **options)
 
 
-def test_other_losses_name_wrong_arguments():
+def test_value_loss_names_wrong_arguments():
     x = torch.zeros(3, 4)
     with pytest.raises(ValueError, match=r"returns: got shape \(3,\), wanted \(3, 4\)"):
         F.value_loss(x, x, torch.zeros(3), x)
     with pytest.raises(ValueError, match=r"old_values: got None, wanted a tensor, because clip=0\.2"):
         F.value_loss(x, None, x, x, clip=0.2)
-    with pytest.raises(ValueError, match=r"chosen: got shape \(3, 4\), wanted 1 dimension"):
-        F.pairwise_reward_loss(x, x)
-    with pytest.raises(ValueError, match=r"margin: got shape \(1,\), wanted \(3,\)"):
-        F.pairwise_reward_loss(x[:, 0], x[:, 0], margin=torch.ones(1))
 
 
 def raw_ppo(arguments, mask, tensors, needs_grad=True, call=ops.ppo_loss):
@@ -356,8 +344,6 @@ def test_opcheck():
         ops.value_loss.default,
         (arguments[0], None, returns, mask, torch.tensor(3.0), torch.tensor([math.inf]), 0, False),
     )
-    pair = (leaf.detach()[:, 0].clone().requires_grad_(), old[:, 0].clone().requires_grad_())
-    opcheck(ops.pairwise_reward_loss.default, (*pair, returns[:, 0].clone(), torch.tensor([0.01]), True))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -369,8 +355,7 @@ def test_compiles_as_one_graph(dynamic):
             log_probs * 1.5, old, advantages, mask, entropy=entropy, ref_log_probs=ref, **ALL_ON, denominator=11
         )
         value, _ = F.value_loss(log_probs, old, advantages, mask, clip=0.2)
-        pair, _ = F.pairwise_reward_loss(log_probs[:, 0], old[:, 0])
-        return loss + value + pair, stats.approx_kl
+        return loss + value, stats.approx_kl
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     results = []
