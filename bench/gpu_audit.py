@@ -3,7 +3,8 @@
 Launches every Triton kernel through the functions that users reach, with a driver that pretends to be a GPU and stops
 before the launch, so what is read here is the code a GPU would run: registers, spills, shared memory, and the width of
 global loads and stores. Exits with 1 unless, for every kernel, op, dtype and architecture, nothing spills, one binary
-serves all sizes, temperatures, strides and alignments, and loops over the vocabulary move 128 bits an access.
+serves all sizes, temperatures, strides and alignments, and loops over the vocabulary move 128 bits an access and no
+byte more than the op needs.
 
 What is launched of kernels/triton/<family>.py stands in bench/audit/<family>.py; see load_family.
 """
@@ -51,6 +52,8 @@ class Audit:
     ]  # of the loop that moves most an access (of the whole kernel if none moves any): {bits: how many}
     stores: dict[int, int]
     instructions: float | None  # of the same loop, per element
+    bytes_moved: list  # by each loop that moves 128 bits an access: (read, written) for a column of the vocabulary
+    bytes_needed: list | None  # the same by the family's model
     problems: list[str] = field(default_factory=list)
 
 
@@ -70,15 +73,23 @@ class PretendGPU:
         return 0
 
 
+@dataclass
+class Launch:
+    kernel: str
+    grid: tuple
+    binary: object
+    options: dict  # compile-time arguments that were given by name
+
+
 @contextmanager
 def compile_only(arch):
-    """Inside, launches compile for arch and stop there. Yields the list of (kernel name, grid, binary) that grows."""
+    """Inside, launches compile for arch and stop there. Yields the list of launches that grows."""
     launches = []
     run = JITFunction.run
 
     def record(kernel, *args, grid, warmup, **options):
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
-        launches.append((kernel.__name__, grid, binary))
+        launches.append(Launch(kernel.__name__, grid, binary, options))
         return binary
 
     driver = triton.runtime.driver
@@ -106,7 +117,9 @@ def load_family(name):
 
     launches(ops, dtype) -> {op: [(function, args), ...]}: calls that differ in all that must not matter, the ordinary
         one first. Where an option chooses between binaries, name one op for each, as in "op[option]".
-    WIDE: names of the kernels whose loop over the vocabulary must move 128 bits an access (none).
+    bytes_needed(dtype) -> {op: {kernel: [(read, written), ...]}}: of kernels with loops over the vocabulary. Those have
+        to move 128 bits an access, and just these bytes for a column: one pair for each loop. A second read would show.
+        The kernel is compiled with LANES and ROLL, and a turn of the loop takes LANES * ROLL columns.
     DTYPES: those that launches is called with (fp32, bf16, fp16).
     """
     path = FAMILIES / f"{name}.py"
@@ -148,7 +161,10 @@ def widths(body, opcode):
     return found
 
 
-def inspect(op, kernel, dtype, arch, binaries, wide):
+def inspect(op, dtype, arch, launches, needed=None):
+    """launches: all of one kernel. needed: see load_family."""
+    kernel, options = launches[0].kernel, launches[0].options
+    binaries = list({id(launch.binary): launch.binary for launch in launches}.values())
     usage, code = disassemble(binaries[0].asm["cubin"])
     accesses = [(widths(body, r"LDG(?:STS)?"), widths(body, "STG"), len(body)) for body in loops(code)]
     accesses = [x for x in accesses if x[0]]
@@ -158,6 +174,12 @@ def inspect(op, kernel, dtype, arch, binaries, wide):
     if best is None:
         lines = [line for _, line in code]
         best = (widths(lines, r"LDG(?:STS)?"), widths(lines, "STG"), 0)
+    columns = options["LANES"] * options["ROLL"] / (32 * options["num_warps"]) if "ROLL" in options else 1
+    moved = [
+        tuple(sum(bits * n for bits, n in x.items()) / 8 / columns for x in loop[:2])
+        for loop in accesses
+        if min((*loop[0], *loop[1])) >= 128
+    ]
     reads, writes, size = best
     elements = sum(bits * n for bits, n in reads.items()) / (dtype.itemsize * 8)
     audit = Audit(
@@ -172,29 +194,33 @@ def inspect(op, kernel, dtype, arch, binaries, wide):
         loads=reads,
         stores=writes,
         instructions=round(size / elements, 1) if size else None,
+        bytes_moved=moved,
+        bytes_needed=needed,
     )
     if audit.spills or usage["STACK"] or usage["LOCAL"]:
         audit.problems.append(f"spills: {audit.spills} accesses to local memory, stack of {usage['STACK']} bytes")
-    if wide and (not size or min((*reads, *writes)) < 128):
+    if needed and min((*reads, *writes)) < 128:
         audit.problems.append(f"accesses narrower than 128 bits in the best loop: {reads} {writes}")
-    if wide and op.endswith("backward") and not writes:
-        audit.problems.append("no stores in the best loop")
+    elif needed and sorted(moved) != sorted(needed):
+        audit.problems.append(f"wide loops move {moved} bytes a column (read, written) where {needed} are needed")
     if audit.binaries != 1:
         audit.problems.append(f"{audit.binaries} binaries where one should serve")
     return audit
 
 
-def audit_op(op, calls, dtype, arch, wide=()):
-    """Audits of the kernels that calls launch."""
+def audit_op(op, calls, dtype, arch, needed):
+    """Audits of the kernels that calls launch. needed: {kernel: bytes}."""
     with compile_only(arch) as launches:
         for function, args in calls:
             function(*args)
     audits = []
-    for kernel in dict.fromkeys(name for name, _, _ in launches):
-        binaries = list({id(binary): binary for name, _, binary in launches if name == kernel}.values())
-        audits.append(inspect(op, kernel, dtype, arch, binaries, kernel in wide))
-        if any(max(grid[1:], default=0) > LARGEST_GRID_YZ for name, grid, _ in launches if name == kernel):
+    for kernel in dict.fromkeys(launch.kernel for launch in launches):
+        of_kernel = [launch for launch in launches if launch.kernel == kernel]
+        audits.append(inspect(op, dtype, arch, of_kernel, needed.get(kernel)))
+        if any(max(launch.grid[1:], default=0) > LARGEST_GRID_YZ for launch in of_kernel):
             audits[-1].problems.append("grid too large in y or z")
+    if set(needed) - {a.kernel for a in audits}:
+        raise SystemExit(f"{op}: bytes_needed names what it does not launch: {sorted(needed)}")
     return audits
 
 
@@ -219,39 +245,32 @@ def audit(archs=ARCHS, only=None):
         family = load_family(path.stem)
         if family is None:
             raise SystemExit(f"{path.name} has kernels but no bench/audit/{path.name}: {sorted(kernels)}")
-        wide = getattr(family, "WIDE", set())
         found = []
         for arch in archs:
             for dtype in getattr(family, "DTYPES", DTYPES):
+                needed = family.bytes_needed(dtype) if hasattr(family, "bytes_needed") else {}
                 for op, calls in family.launches(module, dtype).items():
-                    found += audit_op(op, calls, dtype, arch, wide)
+                    found += audit_op(op, calls, dtype, arch, needed.get(op, {}))
         if archs and kernels - {a.kernel for a in found}:
             raise SystemExit(f"{path.name}: never launched: {sorted(kernels - {a.kernel for a in found})}")
-        if wide - kernels:
-            raise SystemExit(f"{path.name}: WIDE names what is no kernel: {sorted(wide - kernels)}")
         audits += found
     return audits
 
 
 def table(audits):
+    def pairs(loops):
+        return " ".join(f"{read:g}+{written:g}" for read, written in loops)
+
     def moves(a):
         return (" + ".join(f"{n} x {bits}" for bits, n in sorted(x.items())) or "-" for x in (a.loads, a.stores))
 
-    head = ("op", "kernel", "dtype", "arch", "binaries", "regs", "spills", "shared", "loads", "stores", "instr/elem")
+    head = ("op", "kernel", "dtype", "arch", "binaries", "regs", "spills", "shared", "loads", "stores")
+    head += ("instr/elem", "bytes", "needed")
     rows = [
         (
-            *(
-                a.op,
-                a.kernel.strip("_").removesuffix("_kernel"),
-                a.dtype,
-                f"sm_{a.arch}",
-                a.binaries,
-                a.registers,
-                a.spills,
-            ),
-            a.shared,
-            *moves(a),
-            "-" if a.instructions is None else a.instructions,
+            *(a.op, a.kernel.strip("_").removesuffix("_kernel"), a.dtype, f"sm_{a.arch}"),
+            *(a.binaries, a.registers, a.spills, a.shared, *moves(a), a.instructions or "-"),
+            *((pairs(a.bytes_moved) or "-", pairs(a.bytes_needed)) if a.bytes_needed else ("-", "-")),
         )
         for a in audits
     ]
@@ -272,6 +291,7 @@ def main():
     print(
         "\nloads, stores (accesses x bits), instr/elem: of the loop over 16-byte aligned rows, else of the whole kernel"
     )
+    print("bytes: read + written for a column of the vocabulary, by each loop over aligned rows")
     if args.json:
         args.json.write_text(json.dumps([asdict(a) for a in audits], indent=1))
     problems = [f"{a.op} {a.kernel} {a.dtype} sm_{a.arch}: {problem}" for a in audits for problem in a.problems]

@@ -2,8 +2,18 @@
 
 import torch
 
-# Kernels whose loop over the vocabulary must move 128 bits an access.
-WIDE = {"_forward_kernel", "_backward_kernel"}
+
+def bytes_needed(dtype):
+    """{op: {kernel: [(bytes read, bytes written) for a column, ...]}}."""
+    read = dtype.itemsize
+    forward, backward = {"_forward_kernel": [(read, 0)]}, {"_backward_kernel": [(read, read)]}
+    return {
+        "token_log_probs": forward,
+        "token_log_probs_and_entropy": forward,
+        # The forward kernel reads rows whose logsumexp is large, and no others.
+        "token_log_probs_backward": forward | backward,
+        "token_log_probs_and_entropy_backward": forward | backward,
+    }
 
 
 def launches(ops, dtype):
