@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/log_probs.cpp",
+    "csrc/cpu/full_kl.cpp",
     "csrc/cpu/kl.cpp",
     "csrc/cpu/advantages.cpp",
     "csrc/cpu/losses.cpp",
@@ -29,6 +30,7 @@ SOURCES = [
 ]
 HOT_SOURCES = [
     "csrc/cpu/kernels/log_probs.cpp",
+    "csrc/cpu/kernels/full_kl.cpp",
     "csrc/cpu/kernels/kl.cpp",
     "csrc/cpu/kernels/advantages.cpp",
     "csrc/cpu/kernels/losses.cpp",
@@ -38,6 +40,8 @@ HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 
 TORCH_2_10 = "0x020A000000000000"
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# fma where it is written and nowhere else: an op must not round differently because another output is asked for.
+FLAGS += ["-ffp-contract=off"]
 CAPABILITIES = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CAPABILITIES["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

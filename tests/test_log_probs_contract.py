@@ -1,5 +1,7 @@
 """token_log_probs: what others got wrong, argument errors, determinism, torch.library and torch.compile."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -265,3 +267,45 @@ def test_new_lengths_compile_once_more_and_no_more():
         logits, tokens = random_logits(3, length, 37)
         torch.testing.assert_close(compiled(logits, tokens, 0.9, False), step(logits, tokens, 0.9, False))
     assert counter.frame_count == 2
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping (Linux; 0 where nobody says)."""
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except OSError:
+        return 0
+
+
+@pytest.mark.skipif(available_memory() < 9 << 30, reason="needs 9 GB of memory")
+def test_more_than_2_31_elements_liger_803():
+    """Offsets of 32 bits would wrap around. Rows that do not count are not read, which keeps this fast."""
+    anchor = torch.zeros((), dtype=torch.bfloat16, requires_grad=True)
+    logits = torch.zeros(2**15 + 2, 2**16, dtype=torch.bfloat16)
+    tokens = torch.full((len(logits),), -100)
+    rows = [0, 2**15 - 1, 2**15, 2**15 + 1]
+    some, tokens[rows] = random_logits(4, 2**16, dtype=torch.bfloat16)
+    logits[rows] = some
+    results = [
+        F.token_log_probs_and_entropy(x, t, inplace_backward=True)
+        for x, t in ((_Attached.apply(logits, anchor), tokens), (_Attached.apply(some, anchor), tokens[rows]))
+    ]
+    big, small = map(torch.stack, results)
+    assert same_bits(big[:, rows].detach(), small.detach())
+    assert not big[:, 1 : 2**15 - 1].any()
+    (big.sum() + small.sum()).backward()
+    assert torch.equal(logits[rows].view(torch.int16), some.view(torch.int16))
+    assert not logits[1].any()
+
+
+class _Attached(torch.autograd.Function):
+    """x itself, as the result of an operation on `anchor`: the memory that a gradient may be written over."""
+
+    @staticmethod
+    def forward(ctx, x, anchor):
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None

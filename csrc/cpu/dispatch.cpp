@@ -3,10 +3,10 @@
 #include "capability.h"
 #include "kernels/tables.h"
 
-#define FASTRLHF_TABLE(capability)                                                                   \
-  {capability::log_probs, capability::log_probs_backward, capability::kl,    capability::gae,        \
-   capability::rollout,   capability::count,              capability::ppo,   capability::value,      \
-   capability::moments,   capability::whiten}
+#define FASTRLHF_TABLE(capability)                                                                           \
+  {capability::log_probs, capability::log_probs_backward, capability::full_kl, capability::full_kl_backward, \
+   capability::kl,        capability::gae,                capability::rollout, capability::count,            \
+   capability::ppo,       capability::value,              capability::moments, capability::whiten}
 
 FASTRLHF_DECLARE_KERNELS(portable)
 #if defined(FASTRLHF_HAVE_X86_BUILDS)

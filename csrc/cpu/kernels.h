@@ -44,6 +44,23 @@ struct LogProbGradArgs {
   const float* entropy;
 };
 
+struct FullKlArgs {
+  const void* logits;
+  const void* ref_logits;
+  const int64_t* row_offset;
+  const int64_t* ref_row_offset;
+  const uint8_t* mask;  // null: every row counts
+  int64_t vocabulary;
+  DType dtype, ref_dtype;
+  float temperature;
+  float* kl;  // these three: written forward, read backward
+  float* logsumexp;
+  float* ref_logsumexp;
+  const float* grad;
+  void* grad_logits;      // contiguous; null: not wanted
+  void* grad_ref_logits;  // likewise
+};
+
 // [rows, columns] cut into units of at most `length` columns. A unit is summed by one thread, units are added up in
 // order: results are the same for every number of threads.
 struct Units {
@@ -173,6 +190,8 @@ struct ValueArgs {
 struct Kernels {
   void (*log_probs)(const LogProbArgs&, int64_t begin, int64_t end);
   void (*log_probs_backward)(const LogProbGradArgs&, int64_t begin, int64_t end);
+  void (*full_kl)(const FullKlArgs&, int64_t begin, int64_t end);
+  void (*full_kl_backward)(const FullKlArgs&, int64_t begin, int64_t end);
   void (*kl)(const KlArgs&, int64_t begin, int64_t end);
   void (*gae)(const GaeArgs&, int64_t begin, int64_t end);
   void (*rollout)(const RolloutArgs&, int64_t begin, int64_t end);

@@ -1,53 +1,15 @@
 // token_log_probs, with and without entropy, on CPU: torch-facing side. The arithmetic is in kernels/log_probs.cpp.
 
-#include <limits>
-
-#include "tensors.h"
+#include "rows.h"
 
 namespace fastrlhf {
 namespace {
 
-DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      throw std::invalid_argument("logits: wanted float32, bfloat16 or float16");
-  }
-}
-
-// Where each row of x[..., V] starts, in elements; rows may lie anywhere (logits[:, :-1] needs no copy).
-std::vector<int64_t> row_offsets(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  const int64_t leading = x.dim() - 1;
-  std::vector<int64_t> offsets = {0};
-  for (int64_t d = 0; d < leading; ++d) {
-    std::vector<int64_t> finer;
-    finer.reserve(offsets.size() * sizes[d]);
-    for (const int64_t offset : offsets)
-      for (int64_t i = 0; i < sizes[d]; ++i) finer.push_back(offset + i * strides[d]);
-    offsets.swap(finer);
-  }
-  return offsets;
-}
-
 void check_logits(const Tensor& logits, const Tensor& tokens) {
-  require(logits.is_cpu() && logits.dim() >= 1 && logits.size(-1) >= 1, "logits", "[..., V] on CPU, V >= 1");
-  require(logits.size(-1) == 1 || logits.stride(-1) == 1, "logits", "a contiguous last dimension");
+  check_rows("logits", logits);
   bool matches = tokens.is_cpu() && tokens.scalar_type() == ScalarType::Long && tokens.dim() == logits.dim() - 1;
   for (int64_t d = 0; matches && d < tokens.dim(); ++d) matches = tokens.size(d) == logits.size(d);
   require(matches, "tokens", "int64 on CPU, in the shape of logits without the vocabulary");
-}
-
-float read_temperature(const Tensor& temperature) {
-  using Float = std::numeric_limits<float>;
-  const float t = *numbers("temperature", temperature, 1);
-  require(t >= Float::min() && t <= Float::max(), "temperature", "a positive normal fp32 number");
-  return t;
 }
 
 Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
@@ -71,7 +33,7 @@ void forward(const Tensor& logits, const Tensor& tokens, const Tensor& temperatu
   const LogProbArgs args = {logits.const_data_ptr(),  offsets.data(),   read_tokens(flat_tokens),
                             vocabulary,               dtype_of(logits), read_temperature(temperature),
                             write(log_probs),         entropy,          write(logsumexp)};
-  run(kernels().log_probs, args, tokens.numel(), 1);
+  run(kernels().log_probs, args, tokens.numel(), rows_worth_a_thread(vocabulary));
 }
 
 void backward(const Tensor& grad_log_probs, const OptionalTensor& grad_entropy, const Tensor& logits,
@@ -95,7 +57,7 @@ void backward(const Tensor& grad_log_probs, const OptionalTensor& grad_entropy, 
                                 read(h),
                                 read(lse),
                                 read(ent)};
-  run(kernels().log_probs_backward, args, tokens.numel(), 1);
+  run(kernels().log_probs_backward, args, tokens.numel(), rows_worth_a_thread(vocabulary));
 }
 
 std::tuple<Tensor, Tensor> token_log_probs(const Tensor& logits, const Tensor& tokens, const Tensor& temperature) {
@@ -110,8 +72,6 @@ std::tuple<Tensor, Tensor, Tensor> token_log_probs_and_entropy(const Tensor& log
   forward(logits, tokens, temperature, log_probs, write(entropy), logsumexp);
   return {log_probs, entropy, logsumexp};
 }
-
-Tensor new_logits_like(const Tensor& logits) { return torch::stable::empty(logits.sizes(), logits.scalar_type()); }
 
 Tensor token_log_probs_backward(const Tensor& grad_log_probs, const Tensor& logits, const Tensor& tokens,
                                 const Tensor& logsumexp, const Tensor& temperature) {

@@ -6,7 +6,7 @@
 // build. For the same reason hot files include no C++ standard header that defines code.
 //
 // Conventions: larger(a, b) is a > b ? a : b and smaller(a, b) is a < b ? a : b, so that a nan in b survives, as it does
-// in torch.clamp when b is the value. Comparisons with nan are false. `first` functions touch only the first n lanes.
+// in torch.clamp when b is the value. Comparisons with nan are false, differs() too. `first` functions touch only the first n lanes.
 // load_kept(from, keep, n) gives 0 in the other lanes, whatever stands there. compress moves the kept lanes to the front
 // (what follows them is anything), expand moves them back, with 0 between. later_lanes<k>(a, after) is a[k] ..
 // a[kWidth - 1], after[0] .. after[k - 1]. count_bytes counts those of kBytes bytes that are not 0.
@@ -68,21 +68,45 @@ FASTRLHF_INLINE Mask load_mask_first(const uint8_t* from, int n) {
 
 FASTRLHF_INLINE Vec clamp(Vec x, float low, float high) { return smaller(Vec(high), larger(Vec(low), x)); }
 
-// 2^x for x <= 1, as the vocabulary kernels need it: 0 below -150, 1 exactly at 0, relative error 9e-8 and rounding.
-FASTRLHF_INLINE Vec exp2_nonpositive(Vec x) {
-  x = larger(Vec(-150.0f), x);
-  const Vec n = round_even(x), f = x - n;
+// 2^x in two factors, the second near 1; whoever adds it up saves an operation and a rounding. `held` is the x that it is
+// the power of: the nearest in [-126, 126]. A nan in x gives nan. 1 exactly at 0, relative error 1e-7 and rounding.
+struct Power {
+  Vec whole, part, held;
+};
+#if !defined(FASTRLHF_CAPABILITY_AVX512)  // which has instructions of its own for this
+FASTRLHF_INLINE Power exp2_held(Vec x) {
+  const Vec held = clamp(x, -126.0f, 126.0f);
+  const Vec shifted = held + Vec(12582912.0f);  // 1.5 * 2^23: the integer nearest to x ends up in the lowest bits
+  const Vec f = held - (shifted - Vec(12582912.0f));
   Vec p = fma(f, Vec(1.326472731e-03f), Vec(9.671512991e-03f));
   p = fma(f, p, Vec(5.550733581e-02f));
   p = fma(f, p, Vec(2.402224243e-01f));
   p = fma(f, p, Vec(6.931470037e-01f));
-  return scale_by_power_of_two(fma(f, p, Vec(1.0f)), n);
+  return {add_to_exponent(Vec(1.0f), shifted), fma(f, p, Vec(1.0f)), held};
+}
+#else
+FASTRLHF_INLINE Power exp2_held(Vec x) {
+  Power p;
+  p.held = held_within_126(x);
+  exp2_factors(x, p.held, p.whole, p.part);
+  return p;
+}
+#endif
+
+FASTRLHF_INLINE Vec product(const Power& p) { return p.whole * p.part; }
+// 0 below -126.
+FASTRLHF_INLINE Vec product_or_zero(const Power& p, Vec x) {
+  return select(less(x, Vec(-126.0f)), Vec(0.0f), product(p));
 }
 
-// exp(x) over the whole range (relative error 3e-9 and rounding), and residual = exp(x) - 1 - x, which keeps its
-// precision near 0, where it is the k3 estimator of the KL divergence and the naive sum would be all rounding.
-FASTRLHF_INLINE Vec exp_with_residual(Vec x, Vec& residual) {
-  const Vec held = clamp(x, -104.0f, 89.0f);  // exp is 0 and inf there
+struct ExpParts {
+  Vec value, minus_one, residual;
+};
+
+// exp(x) over the whole range (relative error 3e-9 and rounding), exp(x) - 1, and exp(x) - 1 - x. The latter two keep
+// their precision near 0, where the plain differences would be all rounding. bounded: |x| <= 80, or nan.
+FASTRLHF_INLINE ExpParts exp_parts(Vec x, bool bounded) {
+  const Vec held = bounded ? x : clamp(x, -104.0f, 89.0f);  // exp is 0 and inf there
   const Vec n = round_even(held * Vec(1.44269504f));
   Vec r = fma(n, Vec(-0.693145752f), held);  // ln 2 in two parts, the first with room for an exact product
   r = fma(n, Vec(-1.42860677e-06f), r);
@@ -90,11 +114,11 @@ FASTRLHF_INLINE Vec exp_with_residual(Vec x, Vec& residual) {
   q = fma(r, q, Vec(4.166839272e-02f));
   q = fma(r, q, Vec(1.666651964e-01f));
   q = fma(r, q, Vec(4.999999404e-01f));
-  const Vec tail = r * r * q;
-  const Vec result = scale_by_power_of_two(Vec(1.0f) + (r + tail), n);
-  // Held below infinity, so that the residual there is inf and not inf - inf.
-  residual = select(equal(n, Vec(0.0f)), tail, result - Vec(1.0f) - smaller(Vec(1e30f), x));
-  return result;
+  const Vec tail = r * r * q, sum = r + tail;
+  const Vec value = scale_by_power_of_two(Vec(1.0f) + sum, n), minus_one = value - Vec(1.0f);
+  const Mask near = equal(n, Vec(0.0f));
+  // x is held below infinity, so that the residual there is inf and not inf - inf.
+  return {value, select(near, sum, minus_one), select(near, tail, minus_one - (bounded ? x : smaller(Vec(1e30f), x)))};
 }
 
 }  // namespace FASTRLHF_CAPABILITY

@@ -39,8 +39,15 @@ FASTRLHF_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   return _mm256_mul_ps(_mm256_mul_ps(a.v, low), high);
 }
 
+// a 2^n, where n stands in the lowest bits of k; the result has to be normal.
+FASTRLHF_INLINE Vec add_to_exponent(Vec a, Vec k) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(k.v), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent));
+}
+
 FASTRLHF_INLINE Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 FASTRLHF_INLINE Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+FASTRLHF_INLINE Mask differs(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_OQ)}; }
 FASTRLHF_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
 FASTRLHF_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
 FASTRLHF_INLINE Mask operator~(Mask a) {
@@ -83,6 +90,18 @@ FASTRLHF_INLINE Vec load(const fp16* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
+// Two vectors at once, for whoever does not care which element is where: of bf16, the even ones and the odd ones.
+template <class T>
+FASTRLHF_INLINE void load_pair(const T* from, Vec& a, Vec& b) {
+  a = load(from);
+  b = load(from + kWidth);
+}
+FASTRLHF_INLINE void load_pair(const bf16* from, Vec& a, Vec& b) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  b = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+}
+
 FASTRLHF_INLINE void store(float* to, Vec x) { _mm256_storeu_ps(to, x.v); }
 FASTRLHF_INLINE void store(bf16* to, Vec x) {
   // Round to nearest even: add 0x7fff, and one more if the last kept bit is set. A nan would carry into an infinity.
@@ -93,6 +112,23 @@ FASTRLHF_INLINE void store(bf16* to, Vec x) {
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+// What load_pair took apart.
+template <class T>
+FASTRLHF_INLINE void store_pair(T* to, Vec a, Vec b) {
+  store(to, a);
+  store(to + kWidth, b);
+}
+FASTRLHF_INLINE void store_pair(bf16* to, Vec a, Vec b) {
+  // As in store; a nan that arithmetic made, or that came as bf16, has no low bits to carry.
+  const auto rounded = [](Vec x) {
+    const __m256i bits = _mm256_castps_si256(x.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  };
+  const __m256i low = _mm256_srli_epi32(rounded(a), 16);
+  const __m256i both = _mm256_or_si256(low, _mm256_and_si256(rounded(b), _mm256_set1_epi32(0xffff0000)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), both);
 }
 FASTRLHF_INLINE void store(fp16* to, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));

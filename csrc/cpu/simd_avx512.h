@@ -30,8 +30,28 @@ FASTRLHF_INLINE Vec round_even(Vec a) {
 }
 FASTRLHF_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 
+// 2^x = 2^(k/32) 2^f with |f| <= 1/64: a table of 32, and a parabola.
+FASTRLHF_INLINE void exp2_factors(Vec x, Vec held, Vec& whole, Vec& part) {
+  // Bits of 2^(i/32), less what the shift of i below adds to them.
+  const __m512i low = _mm512_setr_epi32(
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0,
+      0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6);
+  const __m512i high = _mm512_setr_epi32(
+      0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd,
+      0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3);
+  const __m512 f = _mm512_reduce_ps(x.v, 5 << 4);  // of the x that came: a nan goes its way through here
+  // 1.5 * 2^18 leaves 5 bits for the fraction: k, and in its upper bits the exponent.
+  const __m512i k = _mm512_castps_si512(_mm512_add_ps(held.v, _mm512_set1_ps(393216.0f)));
+  const __m512 slope = _mm512_fmadd_ps(f, _mm512_set1_ps(2.402265966e-01f), _mm512_set1_ps(6.931573153e-01f));
+  whole = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(low, k, high), _mm512_slli_epi32(k, 18)));
+  part = _mm512_fmadd_ps(f, slope, _mm512_set1_ps(1.0f));
+}
+// The smaller magnitude, with the sign of x.
+FASTRLHF_INLINE Vec held_within_126(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(126.0f), 2); }
+
 FASTRLHF_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FASTRLHF_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+FASTRLHF_INLINE Mask differs(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_OQ)}; }
 FASTRLHF_INLINE Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
 FASTRLHF_INLINE Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
 FASTRLHF_INLINE Mask operator~(Mask a) { return {static_cast<__mmask16>(~a.m)}; }
@@ -57,6 +77,18 @@ FASTRLHF_INLINE Vec load(const fp16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+// Two vectors at once, for whoever does not care which element is where: of bf16, the even ones and the odd ones.
+template <class T>
+FASTRLHF_INLINE void load_pair(const T* from, Vec& a, Vec& b) {
+  a = load(from);
+  b = load(from + kWidth);
+}
+FASTRLHF_INLINE void load_pair(const bf16* from, Vec& a, Vec& b) {
+  const __m512i both = _mm512_loadu_si512(from);
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+}
+
 FASTRLHF_INLINE void store(float* to, Vec x) { _mm512_storeu_ps(to, x.v); }
 FASTRLHF_INLINE void store(bf16* to, Vec x) {
   // Round to nearest even: add 0x7fff, and one more if the last kept bit is set. A nan would carry into an infinity.
@@ -66,6 +98,23 @@ FASTRLHF_INLINE void store(bf16* to, Vec x) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, _mm512_set1_epi32(0x7fc00000)), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+}
+// What load_pair took apart.
+template <class T>
+FASTRLHF_INLINE void store_pair(T* to, Vec a, Vec b) {
+  store(to, a);
+  store(to + kWidth, b);
+}
+FASTRLHF_INLINE void store_pair(bf16* to, Vec a, Vec b) {
+  // As in store; a nan that arithmetic made, or that came as bf16, has no low bits to carry.
+  const auto rounded = [](Vec x) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  };
+  const __m512i low = _mm512_srli_epi32(rounded(a), 16);
+  const __m512i both = _mm512_or_si512(low, _mm512_and_si512(rounded(b), _mm512_set1_epi32(0xffff0000)));
+  _mm512_storeu_si512(to, both);
 }
 FASTRLHF_INLINE void store(fp16* to, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));

@@ -60,8 +60,16 @@ FASTRLHF_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   return r;
 }
 
+// a 2^n, where n stands in the lowest bits of k; the result has to be normal.
+FASTRLHF_INLINE Vec add_to_exponent(Vec a, Vec k) {
+  FASTRLHF_LANES(Vec, float_of(bits_of(a.lane[i]) + (bits_of(k.lane[i]) << 23)))
+}
+
 FASTRLHF_INLINE Mask less(Vec a, Vec b) { FASTRLHF_LANES(Mask, a.lane[i] < b.lane[i] ? ~0u : 0u) }
 FASTRLHF_INLINE Mask equal(Vec a, Vec b) { FASTRLHF_LANES(Mask, a.lane[i] == b.lane[i] ? ~0u : 0u) }
+FASTRLHF_INLINE Mask differs(Vec a, Vec b) {
+  FASTRLHF_LANES(Mask, (a.lane[i] < b.lane[i]) | (b.lane[i] < a.lane[i]) ? ~0u : 0u)
+}
 FASTRLHF_INLINE Mask operator&(Mask a, Mask b) { FASTRLHF_LANES(Mask, a.lane[i] & b.lane[i]) }
 FASTRLHF_INLINE Mask operator|(Mask a, Mask b) { FASTRLHF_LANES(Mask, a.lane[i] | b.lane[i]) }
 FASTRLHF_INLINE Mask operator~(Mask a) { FASTRLHF_LANES(Mask, ~a.lane[i]) }
@@ -126,6 +134,13 @@ FASTRLHF_INLINE Vec load(const T* from) { FASTRLHF_LANES(Vec, to_float(from[i]))
 template <class T>
 FASTRLHF_INLINE void store(T* to, Vec x) {
   for (int i = 0; i < kWidth; ++i) from_float(x.lane[i], to + i);
+}
+
+// Two vectors at once, for whoever does not care which element is where.
+template <class T>
+FASTRLHF_INLINE void load_pair(const T* from, Vec& a, Vec& b) {
+  a = load(from);
+  b = load(from + kWidth);
 }
 
 FASTRLHF_INLINE Vec load_kept(const float* from, Mask keep, int n) {

@@ -22,15 +22,18 @@ def is_traced() -> bool:
 
 def checked_once(validate: Callable) -> Callable:
     """Remembers what `validate` made of a call's Python options; the same options come with every call."""
-    remember = functools.lru_cache(maxsize=1024, typed=True)(validate)
+
+    @functools.lru_cache(maxsize=1024, typed=True)
+    def remember(*options):
+        with torch.inference_mode(False):  # its tensors outlive the call
+            return validate(*options)
 
     @functools.wraps(validate)
     def wrapper(*options):
         if is_traced():
             return validate(*options)
         try:
-            with torch.inference_mode(False):  # its tensors outlive the call
-                return remember(*options)
+            return remember(*options)
         except TypeError:  # not hashable, hence not a number or a name either
             return validate(*options)
 
@@ -61,6 +64,8 @@ def differentiable(
             return output
 
     Recorded.backward = staticmethod(backward)
+    # The apply of torch._C: Function's own looks for functorch's tensors among the arguments first, for 4 us.
+    record = super(torch.autograd.Function, Recorded).apply
     Recorded.__name__ = Recorded.__qualname__ = name  # what grad_fn and the profiler show
 
     @functools.wraps(op)
@@ -68,7 +73,7 @@ def differentiable(
         if is_traced():
             return op(*args)
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs):
-            return Recorded.apply(*args)
+            return record(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

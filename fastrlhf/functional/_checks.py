@@ -32,6 +32,14 @@ def tensor(name: str, x, *, dims: int | None = None, dtypes=FLOATS) -> Tensor:
 
 def like(name: str, x, model_name: str, model: Tensor, *, dtypes=FLOATS) -> Tensor:
     """Same shape and device as `model`. Nothing broadcasts: a (B,) where (B, T) is wanted is a mistake, not a wish."""
+    if (
+        isinstance(x, Tensor)
+        and x.dtype in dtypes
+        and x.shape == model.shape
+        and x.device == model.device
+        and forward_ad._current_level < 0
+    ):
+        return x  # as nearly always
     tensor(name, x, dtypes=dtypes)
     if x.shape != model.shape:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {tuple(model.shape)}, the shape of {model_name}")

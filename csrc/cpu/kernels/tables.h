@@ -8,6 +8,8 @@
   namespace capability {                                                                  \
   void log_probs(const LogProbArgs&, int64_t begin, int64_t end);                         \
   void log_probs_backward(const LogProbGradArgs&, int64_t begin, int64_t end);            \
+  void full_kl(const FullKlArgs&, int64_t begin, int64_t end);                            \
+  void full_kl_backward(const FullKlArgs&, int64_t begin, int64_t end);                   \
   void kl(const KlArgs&, int64_t begin, int64_t end);                                     \
   void gae(const GaeArgs&, int64_t begin, int64_t end);                                   \
   void rollout(const RolloutArgs&, int64_t begin, int64_t end);                           \

@@ -1,0 +1,57 @@
+// Tensors [..., V] whose rows a kernel walks along, wherever they lie.
+#pragma once
+
+#include <limits>
+
+#include "tensors.h"
+
+namespace fastrlhf {
+
+inline DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      throw std::invalid_argument("logits: wanted float32, bfloat16 or float16");
+  }
+}
+
+// Where each row of x[..., V] starts, in elements; rows may lie anywhere (logits[:, :-1] needs no copy).
+inline std::vector<int64_t> row_offsets(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t leading = x.dim() - 1;
+  std::vector<int64_t> offsets = {0};
+  for (int64_t d = 0; d < leading; ++d) {
+    std::vector<int64_t> finer;
+    finer.reserve(offsets.size() * sizes[d]);
+    for (const int64_t offset : offsets)
+      for (int64_t i = 0; i < sizes[d]; ++i) finer.push_back(offset + i * strides[d]);
+    offsets.swap(finer);
+  }
+  return offsets;
+}
+
+// Fewer elements than this are done before another thread has woken up.
+inline int64_t rows_worth_a_thread(int64_t vocabulary) { return 1 + 32768 / vocabulary; }
+
+inline void check_rows(const char* name, const Tensor& x) {
+  require(x.is_cpu() && x.dim() >= 1 && x.size(-1) >= 1, name, "[..., V] on CPU, V >= 1");
+  require(x.size(-1) == 1 || x.stride(-1) == 1, name, "a contiguous last dimension");
+}
+
+inline Tensor new_logits_like(const Tensor& logits) {
+  return torch::stable::empty(logits.sizes(), logits.scalar_type());
+}
+
+inline float read_temperature(const Tensor& temperature) {
+  using Float = std::numeric_limits<float>;
+  const float t = *numbers("temperature", temperature, 1);
+  require(t >= Float::min() && t <= Float::max(), "temperature", "a positive normal fp32 number");
+  return t;
+}
+
+}  // namespace fastrlhf
