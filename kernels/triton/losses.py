@@ -23,18 +23,20 @@ one element otherwise, the same bits either way; one binary for each set of opti
 What a formula means stands in csrc/math/{ppo,value,kl}.h and fastrlhf/reference.py.
 """
 
-import contextlib
-
 import torch
 
 import triton
 import triton.language as tl
 
+from ._math import _hold, exp_with_residual, kl_estimate
+from ._rows import on_device_of
+
 NUM_WARPS = 4
 TILE = 512  # tokens: 16 bytes of fp32 a thread
 MASK_TILE = 4096  # tokens: 32 bytes of the mask a thread
 PROGRAMS = 1024
-WORDS = 2048  # of 4 bytes, at least PROGRAMS
+PARTIALS = 1024  # room for a sum of every program
+WORDS = 2048  # of 4 bytes; at least PROGRAMS
 COUNT_ITSELF = 65_536
 VECTOR = 4  # elements of fp32 in 16 bytes
 PPO_SUMS, PPO_STATS = 11, 10
@@ -44,56 +46,20 @@ TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN = 0, 1, 2
 # Constants read inside kernels have to be constexpr.
 _TOKEN_MEAN = tl.constexpr(TOKEN_MEAN)
 _SEQ_MEAN_TOKEN_MEAN = tl.constexpr(SEQ_MEAN_TOKEN_MEAN)
-_PROGRAMS = tl.constexpr(PROGRAMS)
-_K1, _K2, _K3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_PARTIALS = tl.constexpr(PARTIALS)
 _INF = tl.constexpr(float("inf"))
-_LOG2_E = tl.constexpr(1.44269504)
 
 
 # ------------------------------------------------------------------------------------------ formulas of one token
 
 
 @triton.jit
-def _clamp(x, low, high):
-    """A nan stays one."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
-
-@triton.jit
-def _power_of_two(n):
-    """2^n for an integer n in [-126, 127], exactly."""
-    return ((n + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _exp_with_residual(x):
-    """exp(x), relative error 3e-9 and rounding, and exp(x) - 1 - x, which keeps its digits near 0. See csrc/cpu/simd.h.
-
-    tl.exp loses a digit at x = 20; this one loses none, and gives the same bits on every device.
-    """
-    held = _clamp(x, -104.0, 89.0)  # exp is 0 and inf there
-    n = tl.floor(held * _LOG2_E + 0.5)
-    r = tl.fma(n, -0.693145752, held)  # ln 2 in two parts, the first with room for an exact product
-    r = tl.fma(n, -1.42860677e-06, r)
-    q = tl.fma(r, 1.381446724e-03, 8.368780836e-03)
-    q = tl.fma(r, q, 4.166839272e-02)
-    q = tl.fma(r, q, 1.666651964e-01)
-    q = tl.fma(r, q, 4.999999404e-01)
-    tail = r * r * q
-    power = tl.where(n == n, n, 0.0).to(tl.int32)
-    half = power >> 1
-    result = (1.0 + (r + tail)) * _power_of_two(half) * _power_of_two(power - half)
-    # Held below infinity, so that the residual there is inf and not inf - inf.
-    return result, tl.where(n == 0.0, tail, result - 1.0 - tl.where(x > 1e30, 1e30, x))
-
-
-@triton.jit
 def _surrogate(log_ratio, advantage, low, high, dual_clip, log_ratio_clamp):
     """The clipped surrogate: ratio, loss, d loss / d log r, r - 1 - log r, where it is clipped and dual-clipped."""
-    ratio, approx_kl = _exp_with_residual(_clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp))
+    ratio, approx_kl = exp_with_residual(_hold(log_ratio, -log_ratio_clamp, log_ratio_clamp))
     cost = -advantage
     plain = cost * ratio
-    at_clip = cost * _clamp(ratio, low, high)
+    at_clip = cost * _hold(ratio, low, high)
     clipped = plain < at_clip
     loss = tl.where(clipped, at_clip, plain)
     bound = cost * dual_clip
@@ -104,27 +70,9 @@ def _surrogate(log_ratio, advantage, low, high, dual_clip, log_ratio_clamp):
 
 
 @triton.jit
-def _kl_estimate(log_ratio, ESTIMATOR: tl.constexpr):
-    """An estimate of KL(p || q) from log_ratio = log p - log q, and its derivative."""
-    if ESTIMATOR == _K1:
-        value = log_ratio
-        slope = tl.where(log_ratio == log_ratio, 1.0, log_ratio)
-    elif ESTIMATOR == _K2:
-        value = 0.5 * log_ratio * log_ratio
-        slope = log_ratio
-    elif ESTIMATOR == _K3:
-        inverse_ratio, value = _exp_with_residual(-log_ratio)
-        slope = tl.where(tl.abs(log_ratio) < 0.34, log_ratio - value, 1.0 - inverse_ratio)  # does not cancel near 0
-    else:
-        value = tl.abs(log_ratio)
-        slope = tl.where(log_ratio < 0.0, -1.0, tl.where(log_ratio > 0.0, 1.0, log_ratio))
-    return value, slope
-
-
-@triton.jit
 def _value_error(value, target, low, high):
     """Half the squared error, at the value or at the value held in [low, high], its slope, and whether the latter."""
-    held = tl.where(low == low, _clamp(value, low, high), low)  # an old value of nan shows
+    held = tl.where(low == low, _hold(value, low, high), low)  # an old value of nan shows
     error = value - target
     loss = 0.5 * error * error
     held_error = held - target
@@ -150,13 +98,12 @@ def _tile(tile, n, lane, TILE: tl.constexpr, GRANULE: tl.constexpr):
 
 @triton.jit
 def _start(ptr, base, GRANULE: tl.constexpr):
-    return tl.multiple_of(ptr, 4 * GRANULE) + base if GRANULE > 1 else ptr + base
+    return tl.multiple_of(ptr + base, 16) if GRANULE > 1 else ptr + base
 
 
 @triton.jit
 def _mask_start(ptr, base, GRANULE: tl.constexpr):
-    ptr = ptr.to(tl.pointer_type(tl.int8))
-    return tl.multiple_of(ptr, GRANULE) + base if GRANULE > 1 else ptr + base
+    return tl.multiple_of(ptr.to(tl.pointer_type(tl.int8)) + base, GRANULE)
 
 
 @triton.jit
@@ -180,6 +127,15 @@ def _sum4(a, b, c, d):
 
 
 @triton.jit
+def _max4(a, b, c, d):
+    """Four maxima with one meeting of the threads."""
+    x, y = tl.split(tl.max(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(x)
+    c, d = tl.split(y)
+    return a, b, c, d
+
+
+@triton.jit
 def _count(mask_ptr, found_ptr, n, n_found, aligned, WORDS: tl.constexpr):
     """How many of the first n bytes of the mask are not 0, plus the numbers that the first launch found."""
     lane = tl.arange(0, WORDS)
@@ -187,7 +143,7 @@ def _count(mask_ptr, found_ptr, n, n_found, aligned, WORDS: tl.constexpr):
     if n_found > 0:
         counts = tl.load(found_ptr + lane, mask=lane < n_found, other=0)
     bytes_ptr = mask_ptr.to(tl.pointer_type(tl.int8))
-    words_ptr = tl.multiple_of(mask_ptr, 16).to(tl.pointer_type(tl.int32))
+    words_ptr = tl.multiple_of(mask_ptr.to(tl.pointer_type(tl.int32)), 16)
     words = tl.where(aligned != 0, n // 16 * 4, 0)
     packed = tl.zeros([WORDS], tl.int32)  # a count in every byte: at most COUNT_ITSELF / (4 WORDS) = 8 each
     for start in range(0, words, WORDS):
@@ -211,8 +167,10 @@ def _i_am_last(counter_ptr):
 
 @triton.jit
 def _partial(partials_ptr, index: tl.constexpr, other):
-    program = tl.arange(0, _PROGRAMS)
-    return tl.load(partials_ptr + index * _PROGRAMS + program, mask=program < tl.num_programs(0), other=other)
+    """One of the sums, of every program, past L1, which other programs do not write to."""
+    program = tl.arange(0, _PARTIALS)
+    sums = tl.load(_start(partials_ptr, index * _PARTIALS, 4) + program, cache_modifier=".cg")
+    return tl.where(program < tl.num_programs(0), sums, other)
 
 
 # -------------------------------------------------------------------------------------------------- the first launch
@@ -318,12 +276,11 @@ def _rows_kernel(
             log_ratio = _ratio_or_zero(tl.sum(log_ratio, 0), counted.to(tl.float32))
             tl.store(log_ratios_ptr + row, log_ratio)
             if advantages_ptr is not None:
-                above = tl.sum(above, 0)
-                below = tl.sum(below, 0)
-                ratio, _ = _exp_with_residual(_clamp(log_ratio, -log_ratio_clamp, log_ratio_clamp))
-                above = tl.where((ratio > high) & (above == above), 0.0, above)
+                ratio, _ = exp_with_residual(_hold(log_ratio, -log_ratio_clamp, log_ratio_clamp))
+                above = tl.where(ratio > high, tl.where(above == above, 0.0, above), above)
                 below = tl.where((ratio < low) | (ratio > dual_clip), 0.0, below)
-                slope = tl.where(tl.abs(log_ratio) > log_ratio_clamp, 0.0, -ratio * (above + below))
+                slope = -ratio * tl.sum(above + below, 0)  # lane by lane first: they may cancel
+                slope = tl.where(tl.abs(log_ratio) > log_ratio_clamp, 0.0, slope)
                 tl.store(slopes_ptr + row, _ratio_or_zero(slope, counted.to(tl.float32)))
     tl.store(found_ptr + tl.program_id(0), found)
 
@@ -402,7 +359,7 @@ def _ppo_lanes(
         # Coefficients of 0 ask for the statistics alone, and 0 * inf would be a nan.
         if ref_ptr is not None:
             distance = log_prob - _kept(_start(ref_ptr, base, GRANULE), lane, inside, keep)
-            kl, kl_slope = _kl_estimate(distance, ESTIMATOR)
+            kl, kl_slope = kl_estimate(distance, ESTIMATOR)
             kls += kl
             total += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
             slope += tl.where(kl_coef != 0.0, kl_coef * kl_slope, 0.0)
@@ -554,16 +511,16 @@ def _ppo_kernel(
     clipped, dual_clipped, entropies, kls = _sum4(clipped, dual_clipped, entropies, kls)
     mine = partials_ptr + tl.program_id(0)
     tl.store(mine, loss)
-    tl.store(mine + 1 * _PROGRAMS, policy)
-    tl.store(mine + 2 * _PROGRAMS, approx_kl)
-    tl.store(mine + 3 * _PROGRAMS, ratios)
-    tl.store(mine + 4 * _PROGRAMS, clipped)
-    tl.store(mine + 5 * _PROGRAMS, dual_clipped)
-    tl.store(mine + 6 * _PROGRAMS, entropies)
-    tl.store(mine + 7 * _PROGRAMS, kls)
-    tl.store(mine + 8 * _PROGRAMS, tl.sum(tokens, 0))
-    tl.store(mine + 9 * _PROGRAMS, tl.min(smallest, 0))
-    tl.store(mine + 10 * _PROGRAMS, tl.max(largest, 0))
+    tl.store(mine + 1 * _PARTIALS, policy)
+    tl.store(mine + 2 * _PARTIALS, approx_kl)
+    tl.store(mine + 3 * _PARTIALS, ratios)
+    tl.store(mine + 4 * _PARTIALS, clipped)
+    tl.store(mine + 5 * _PARTIALS, dual_clipped)
+    tl.store(mine + 6 * _PARTIALS, entropies)
+    tl.store(mine + 7 * _PARTIALS, kls)
+    tl.store(mine + 8 * _PARTIALS, tl.sum(tokens, 0))
+    tl.store(mine + 9 * _PARTIALS, tl.min(smallest, 0))
+    tl.store(mine + 10 * _PARTIALS, tl.max(largest, 0))
 
     if _i_am_last(counter_ptr):
         by_tokens: tl.constexpr = denominator_ptr is None and AGGREGATION == _TOKEN_MEAN
@@ -577,26 +534,34 @@ def _ppo_kernel(
 def _meet(tokens, value, target, target_squares, error, error_squares):
     """Means and squared deviations of lanes (or programs) put together.
 
-    By way of the distances to one of the means: where all are equal, nothing deviates, however they round.
+    Deviations are those from the mean as it rounds, held among the numbers, and are set right by their own mean: where
+    all numbers are equal, nothing deviates.
     """
     some = tokens > 0.0
-    value_pivot = tl.max(tl.where(some, value, -_INF), 0)
-    target_pivot = tl.max(tl.where(some, target, -_INF), 0)
-    error_pivot = tl.max(tl.where(some, error, -_INF), 0)
-    value = tl.where(some, value - value_pivot, 0.0)
-    target = tl.where(some, target - target_pivot, 0.0)
-    error = tl.where(some, error - error_pivot, 0.0)
-    count, value_step, target_step, error_step = _sum4(tokens, tokens * value, tokens * target, tokens * error)
-    target_step = _ratio_or_zero(target_step, count)
-    error_step = _ratio_or_zero(error_step, count)
-    target -= target_step
-    error -= error_step
-    target_squares = tl.sum(tl.where(some, target_squares + tokens * target * target, 0.0), 0)
-    error_squares = tl.sum(tl.where(some, error_squares + tokens * error * error, 0.0), 0)
-    value = tl.where(count == 0.0, 0.0, value_pivot + _ratio_or_zero(value_step, count))
-    target = tl.where(count == 0.0, 0.0, target_pivot + target_step)
-    error = tl.where(count == 0.0, 0.0, error_pivot + error_step)
-    return count, value, target, target_squares, error, error_squares
+    count, value, target_mean, error_mean = _sum4(tokens, tokens * value, tokens * target, tokens * error)
+    target_most, target_least, error_most, error_least = _max4(
+        tl.where(some, target, -_INF),
+        tl.where(some, -target, -_INF),
+        tl.where(some, error, -_INF),
+        tl.where(some, -error, -_INF),
+    )
+    target_mean = _hold(_ratio_or_zero(target_mean, count), -target_least, target_most)
+    error_mean = _hold(_ratio_or_zero(error_mean, count), -error_least, error_most)
+    target = tl.where(some, target - target_mean, 0.0)
+    error = tl.where(some, error - error_mean, 0.0)
+    target_step, error_step, target_squares, error_squares = _sum4(
+        tokens * target,
+        tokens * error,
+        tl.where(some, target_squares + tokens * target * target, 0.0),
+        tl.where(some, error_squares + tokens * error * error, 0.0),
+    )
+    target_off = _ratio_or_zero(target_step, count)
+    error_off = _ratio_or_zero(error_step, count)
+    target_mean = tl.where(count == 0.0, 0.0, target_mean + target_off)
+    error_mean = tl.where(count == 0.0, 0.0, error_mean + error_off)
+    target_squares -= target_step * target_off
+    error_squares -= error_step * error_off
+    return count, _ratio_or_zero(value, count), target_mean, target_squares, error_mean, error_squares
 
 
 @triton.jit
@@ -735,13 +700,13 @@ def _value_kernel(
     )
     mine = partials_ptr + tl.program_id(0)
     tl.store(mine, tl.sum(loss, 0))
-    tl.store(mine + 1 * _PROGRAMS, tl.sum(clipped, 0))
-    tl.store(mine + 2 * _PROGRAMS, count)
-    tl.store(mine + 3 * _PROGRAMS, value)
-    tl.store(mine + 4 * _PROGRAMS, target)
-    tl.store(mine + 5 * _PROGRAMS, target_squares)
-    tl.store(mine + 6 * _PROGRAMS, error)
-    tl.store(mine + 7 * _PROGRAMS, error_squares)
+    tl.store(mine + 1 * _PARTIALS, tl.sum(clipped, 0))
+    tl.store(mine + 2 * _PARTIALS, count)
+    tl.store(mine + 3 * _PARTIALS, value)
+    tl.store(mine + 4 * _PARTIALS, target)
+    tl.store(mine + 5 * _PARTIALS, target_squares)
+    tl.store(mine + 6 * _PARTIALS, error)
+    tl.store(mine + 7 * _PARTIALS, error_squares)
 
     if _i_am_last(counter_ptr):
         by_tokens: tl.constexpr = denominator_ptr is None and AGGREGATION == _TOKEN_MEAN
@@ -749,11 +714,6 @@ def _value_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
-
-
-def _on_device_of(tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 _COUNTERS = {}  # (device, stream): an int32, 0 whenever no kernel runs
@@ -857,7 +817,7 @@ class _Plan:
         }
 
 
-def _empty_like_results(model, stats):
+def _no_tokens(model, stats):
     return torch.zeros((), device=model.device), torch.zeros(stats, device=model.device)
 
 
@@ -900,12 +860,12 @@ def ppo_loss(
     clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef = options.tolist()
     grad = _gradient(model) if needs_grad else model.new_empty(0)
     grad_entropy = _gradient(model) if needs_grad and entropy is not None else model.new_empty(0)
+    if model.numel() == 0:
+        return *_no_tokens(model, PPO_STATS), grad, grad_entropy
     plan = _Plan(model, mask, denominator, aggregation, sequence_ratio, needs_grad)
-    if plan.n == 0:
-        return *_empty_like_results(model, PPO_STATS), grad, grad_entropy
     loss, stats = model.new_empty(()), model.new_empty(PPO_STATS)
     limits = (1.0 - clip_low, 1.0 + clip_high, dual_clip, log_ratio_clamp)
-    with _on_device_of(model):
+    with on_device_of(model):
         plan.find_out(log_probs, old, advantages, weights, advantage_stats, limits)
         counter = _counter(model.device)
         grads = [x if needs_grad else None for x in (grad, None if entropy is None else grad_entropy)]
@@ -926,7 +886,7 @@ def ppo_loss(
             plan.log_ratios,
             plan.slopes,
             counter if plan.found is None else plan.found,  # where there are none, none are read
-            model.new_empty(PPO_SUMS * PROGRAMS),
+            model.new_empty(PPO_SUMS * PARTIALS),
             counter,
             plan.n,
             plan.length,
@@ -956,11 +916,11 @@ def value_loss(values, old_values, returns, mask, denominator, clip, aggregation
     values, old, returns = (_like(name, x, model) for name, x in tensors.items())
     mask = _like("mask", mask, model, torch.bool)
     grad = _gradient(model) if needs_grad else model.new_empty(0)
+    if model.numel() == 0:
+        return *_no_tokens(model, VALUE_STATS), grad
     plan = _Plan(model, mask, denominator, aggregation, False, needs_grad)
-    if plan.n == 0:
-        return *_empty_like_results(model, VALUE_STATS), grad
     loss, stats = model.new_empty(()), model.new_empty(VALUE_STATS)
-    with _on_device_of(model):
+    with on_device_of(model):
         plan.find_out()
         counter = _counter(model.device)
         _value_kernel[(plan.programs,)](
@@ -974,7 +934,7 @@ def value_loss(values, old_values, returns, mask, denominator, clip, aggregation
             stats,
             plan.lengths,
             counter if plan.found is None else plan.found,  # where there are none, none are read
-            model.new_empty(VALUE_SUMS * PROGRAMS),
+            model.new_empty(VALUE_SUMS * PARTIALS),
             counter,
             plan.n,
             plan.length,
