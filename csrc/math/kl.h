@@ -19,10 +19,9 @@ FASTRLHF_INLINE KlEstimate<V> kl_estimate(V log_ratio, int estimator) {
       return {log_ratio, one};
     case 1:  // k2
       return {V(0.5f) * log_ratio * log_ratio, log_ratio};
-    case 2: {  // k3 = exp(-d) - 1 + d; its slope 1 - exp(-d) is d - k3, which does not cancel near 0
-      V k3;
-      const V inverse_ratio = exp_with_residual(zero - log_ratio, k3);
-      return {k3, select(less(abs(log_ratio), V(0.34f)), log_ratio - k3, one - inverse_ratio)};
+    case 2: {  // k3 = exp(-d) - 1 + d
+      const auto e = exp_parts(zero - log_ratio, false);
+      return {e.residual, zero - e.minus_one};
     }
     default:  // abs
       return {abs(log_ratio), select(less(log_ratio, zero), V(-1.0f), select(less(zero, log_ratio), one, zero))};

@@ -81,17 +81,16 @@ void ppo_unit(const PpoArgs& args, int64_t unit) {
     const Vec log_prob = load_kept(a.log_probs + j, keep, n);
     Vec log_ratio = log_prob - load_kept(a.old_log_probs + j, keep, n);
     if (by_sequence) log_ratio = select(keep, sequence_log_ratio, zero);
-    const Vec advantage = (load_kept(a.advantages + j, keep, n) - Vec(a.advantage_mean)) * Vec(a.advantage_rstd);
-    auto t = surrogate<Vec, Mask>(log_ratio, select(keep, advantage, zero), a.clip_low, a.clip_high, a.dual_clip,
-                                  a.log_ratio_clamp);
+    const Vec cost = (Vec(a.advantage_mean) - load_kept(a.advantages + j, keep, n)) * Vec(a.advantage_rstd);
+    auto t = surrogate<Vec, Mask>(log_ratio, cost, a.clip_low, a.clip_high, a.dual_clip, a.log_ratio_clamp);
     if (!kPlain && a.weights != nullptr) {
       const Vec weight = load_kept(a.weights + j, keep, n);
       t.loss = t.loss * weight;
       t.slope = t.slope * weight;
     }
-    add(s.surrogate, t.loss);
-    add(s.approx_kl, t.approx_kl);
-    s.ratio.lanes = select(keep, s.ratio.lanes + t.ratio, s.ratio.lanes);
+    add(s.surrogate, t.loss, keep);
+    add(s.approx_kl, t.approx_kl);  // 0 where the token does not count
+    add(s.ratio, t.ratio, keep);
     s.ratio_min = select(keep, smaller(t.ratio, s.ratio_min), s.ratio_min);
     s.ratio_max = select(keep, larger(t.ratio, s.ratio_max), s.ratio_max);
     s.clipped += count(t.clipped);
@@ -99,12 +98,12 @@ void ppo_unit(const PpoArgs& args, int64_t unit) {
 
     Vec slope = t.slope;
     if (by_sequence) {
-      add(s.sequence_slope, slope);
+      add(s.sequence_slope, slope, keep);
       slope = zero;
     }
     if (has_reference) {
       const auto e = kl_estimate(log_prob - load_kept(a.ref_log_probs + j, keep, n), estimator);
-      add(s.kl, e.value);  // 0 where the token does not count
+      add(s.kl, e.value);  // likewise
       if (a.kl_coef != 0.0f) slope = fma(Vec(a.kl_coef), e.slope, slope);  // 0 * inf would be a nan
     }
     if (!kPlain && a.entropy != nullptr) add(s.entropy, load_kept(a.entropy + j, keep, n));

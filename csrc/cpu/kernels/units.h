@@ -44,6 +44,9 @@ struct Sum {
   double total = 0.0;
 };
 FASTRLHF_INLINE void add(Sum& sum_so_far, Vec x) { sum_so_far.lanes = sum_so_far.lanes + x; }
+FASTRLHF_INLINE void add(Sum& sum_so_far, Vec x, Mask keep) {
+  sum_so_far.lanes = select(keep, sum_so_far.lanes + x, sum_so_far.lanes);
+}
 FASTRLHF_INLINE void flush(Sum& sum_so_far) {
   sum_so_far.total += sum(sum_so_far.lanes);
   sum_so_far.lanes = Vec(0.0f);
