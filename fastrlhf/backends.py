@@ -24,6 +24,8 @@ TRITON = {  # module of fastrlhf.kernels: the ops it holds, under their own name
         "token_log_probs_and_entropy_backward",
         "token_log_probs_and_entropy_backward_",
     ),
+    "advantages": ("gae", "gae_packed", "rollout_advantages"),
+    "masked": ("masked_mean", "masked_whiten"),
 }
 
 
