@@ -9,33 +9,34 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastrlhf, m) {
-  // log p = z_y/T - logsumexp(z/T). Rows whose token is -100 are not read and give 0.
-  m.def("token_log_probs(Tensor logits, Tensor tokens, Tensor temperature) -> (Tensor log_probs, Tensor logsumexp)");
+  // log p = z_y/T - logsumexp(z/T). Rows whose token is -100 are not read and give 0. normaliser: [..., 2], m and log s
+  // with logsumexp(z/T) = m/T + log s; as one number it would lose the digits that p is made of.
+  m.def("token_log_probs(Tensor logits, Tensor tokens, Tensor temperature) -> (Tensor log_probs, Tensor normaliser)");
   m.def(
       "token_log_probs_and_entropy(Tensor logits, Tensor tokens, Tensor temperature)"
-      " -> (Tensor log_probs, Tensor entropy, Tensor logsumexp)");
+      " -> (Tensor log_probs, Tensor entropy, Tensor normaliser)");
   // dz = (1/T) [g (delta - p) - h p (log p + H)], in the logits' dtype; the variants with _ write it over the logits.
   m.def(
-      "token_log_probs_backward(Tensor grad_log_probs, Tensor logits, Tensor tokens, Tensor logsumexp,"
+      "token_log_probs_backward(Tensor grad_log_probs, Tensor logits, Tensor tokens, Tensor normaliser,"
       " Tensor temperature) -> Tensor");
   m.def(
       "token_log_probs_and_entropy_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor logits, Tensor tokens,"
-      " Tensor logsumexp, Tensor entropy, Tensor temperature) -> Tensor");
+      " Tensor normaliser, Tensor entropy, Tensor temperature) -> Tensor");
   m.def(
-      "token_log_probs_backward_(Tensor grad_log_probs, Tensor(a!) logits, Tensor tokens, Tensor logsumexp,"
+      "token_log_probs_backward_(Tensor grad_log_probs, Tensor(a!) logits, Tensor tokens, Tensor normaliser,"
       " Tensor temperature) -> ()");
   m.def(
       "token_log_probs_and_entropy_backward_(Tensor grad_log_probs, Tensor grad_entropy, Tensor(a!) logits,"
-      " Tensor tokens, Tensor logsumexp, Tensor entropy, Tensor temperature) -> ()");
+      " Tensor tokens, Tensor normaliser, Tensor entropy, Tensor temperature) -> ()");
 
   // KL = sum_j p_j (log p_j - log q_j), p and q the softmax of both at T. Rows whose mask is 0 are not read and give 0.
   m.def(
       "full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature)"
-      " -> (Tensor kl, Tensor logsumexp, Tensor ref_logsumexp)");
+      " -> (Tensor kl, Tensor normaliser, Tensor ref_normaliser)");
   // dz = (g/T) p (log p - log q - KL), dz_ref = (g/T) (q - p), each in its logits' dtype and empty if not needed.
   m.def(
-      "full_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor logsumexp,"
-      " Tensor ref_logsumexp, Tensor temperature, bool needs_grad, bool needs_ref_grad)"
+      "full_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor normaliser,"
+      " Tensor ref_normaliser, Tensor temperature, bool needs_grad, bool needs_ref_grad)"
       " -> (Tensor grad_logits, Tensor grad_ref_logits)");
 
   // clamp: [2], of the log-ratio, of the estimate.

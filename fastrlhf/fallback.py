@@ -46,24 +46,29 @@ def _limit(x: float) -> float | None:
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     counts, z = reference.scaled(logits, tokens, temperature.item())
-    logsumexp = torch.where(counts, torch.logsumexp(z, -1), 0.0)
-    return reference.pick(torch.log_softmax(z, -1), tokens, counts), logsumexp
+    return reference.pick(torch.log_softmax(z, -1), tokens, counts), _normaliser(z, temperature)
 
 
 def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     counts, z = reference.scaled(logits, tokens, temperature.item())
-    log_p, logsumexp = torch.log_softmax(z, -1), torch.where(counts, torch.logsumexp(z, -1), 0.0)
-    return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), logsumexp
+    log_p = torch.log_softmax(z, -1)
+    return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), _normaliser(z, temperature)
 
 
-def token_log_probs_backward(grad_log_probs, logits, tokens, _logsumexp, temperature) -> Tensor:
+def _normaliser(z: Tensor, temperature: Tensor) -> Tensor:
+    """What kernels hand to their backward pass; those here compute it again."""
+    top = z.amax(-1)
+    return torch.stack([top * temperature.item(), torch.logsumexp(z - top.unsqueeze(-1), -1)], -1)
+
+
+def token_log_probs_backward(grad_log_probs, logits, tokens, _normaliser, temperature) -> Tensor:
     return reference.token_log_probs_and_entropy_backward(
         grad_log_probs, None, logits, tokens, None, temperature.item()
     )
 
 
 def token_log_probs_and_entropy_backward(
-    grad_log_probs, grad_entropy, logits, tokens, _logsumexp, entropy, temperature
+    grad_log_probs, grad_entropy, logits, tokens, _normaliser, entropy, temperature
 ) -> Tensor:
     grads = (grad_log_probs, grad_entropy)
     return reference.token_log_probs_and_entropy_backward(*grads, logits, tokens, entropy, temperature.item())
@@ -83,7 +88,7 @@ def full_kl(
     counts = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask
     scaled = [reference.keep(x, counts.unsqueeze(-1)) / temperature.item() for x in (logits, ref_logits)]
     kl = reference.full_kl(logits, ref_logits, mask, temperature=temperature.item())
-    return kl, *(torch.where(counts, torch.logsumexp(z, -1), 0.0) for z in scaled)
+    return kl, *(_normaliser(z, temperature) for z in scaled)
 
 
 def full_kl_backward(
@@ -92,8 +97,8 @@ def full_kl_backward(
     ref_logits: Tensor,
     mask: Tensor | None,
     kl: Tensor,
-    _logsumexp: Tensor,
-    _ref_logsumexp: Tensor,
+    _normaliser: Tensor,
+    _ref_normaliser: Tensor,
     temperature: Tensor,
     needs_grad: bool,
     needs_ref_grad: bool,

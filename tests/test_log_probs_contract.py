@@ -220,10 +220,10 @@ def test_opcheck(dtype):
     logits, tokens = random_logits(3, 4, 37, dtype=dtype)
     tokens[0, 0] = -100
     g, h = torch.randn(3, 4), torch.randn(3, 4)
-    _, entropy, logsumexp = ops.token_log_probs_and_entropy(logits, tokens, torch.tensor([0.9]))
+    _, entropy, normaliser = ops.token_log_probs_and_entropy(logits, tokens, torch.tensor([0.9]))
     for view in (logits, logits[:, :-1]):
         n = view.shape[1]
-        t, saved = tokens[:, :n], (logsumexp[:, :n], entropy[:, :n])
+        t, saved = tokens[:, :n], (normaliser[:, :n], entropy[:, :n])
         leaf = view.clone().requires_grad_() if view is logits else view
         torch.library.opcheck(ops.token_log_probs.default, (leaf, t, torch.tensor([0.9])))
         torch.library.opcheck(ops.token_log_probs_and_entropy.default, (leaf, t, torch.tensor([0.9])))

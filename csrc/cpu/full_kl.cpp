@@ -37,24 +37,24 @@ std::tuple<Tensor, Tensor, Tensor> full_kl(const Tensor& logits, const Tensor& r
                                            const Tensor& temperature) {
   const auto sizes = logits.sizes();
   const std::vector<int64_t> rows(sizes.begin(), sizes.empty() ? sizes.end() : sizes.end() - 1);
-  Tensor kl = new_floats(rows), logsumexp = new_floats(rows), ref_logsumexp = new_floats(rows);
+  Tensor kl = new_floats(rows), normaliser = new_normaliser(kl), ref_normaliser = new_normaliser(kl);
   FullKl f;
   prepare(f, logits, ref_logits, mask, temperature, kl);
   f.args.kl = write(kl);
-  f.args.logsumexp = write(logsumexp);
-  f.args.ref_logsumexp = write(ref_logsumexp);
+  f.args.normaliser = write(normaliser);
+  f.args.ref_normaliser = write(ref_normaliser);
   run(kernels().full_kl, f.args, kl.numel(), rows_worth_a_thread(f.args.vocabulary));
-  return {kl, logsumexp, ref_logsumexp};
+  return {kl, normaliser, ref_normaliser};
 }
 
 std::tuple<Tensor, Tensor> full_kl_backward(const Tensor& grad, const Tensor& logits, const Tensor& ref_logits,
-                                            const OptionalTensor& mask, const Tensor& kl, const Tensor& logsumexp,
-                                            const Tensor& ref_logsumexp, const Tensor& temperature, bool needs_grad,
+                                            const OptionalTensor& mask, const Tensor& kl, const Tensor& normaliser,
+                                            const Tensor& ref_normaliser, const Tensor& temperature, bool needs_grad,
                                             bool needs_ref_grad) {
   FullKl f;
   prepare(f, logits, ref_logits, mask, temperature, kl);
-  const Tensor g = floats("grad", grad, kl), k = floats("kl", kl, kl), lse = floats("logsumexp", logsumexp, kl),
-               ref_lse = floats("ref_logsumexp", ref_logsumexp, kl);
+  const Tensor g = floats("grad", grad, kl), k = floats("kl", kl, kl), norm = checked_normaliser(normaliser, kl),
+               ref_norm = checked_normaliser(ref_normaliser, kl);
   require(logits.dim() == kl.dim() + 1 && static_cast<size_t>(kl.numel()) == f.row_offset.size(), "kl",
           "the shape of logits without the vocabulary");
   const std::vector<int64_t> nothing = {0};
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> full_kl_backward(const Tensor& grad, const Tensor& lo
   Tensor grad_logits = made(logits, needs_grad), grad_ref_logits = made(ref_logits, needs_ref_grad);
   f.args.grad = read(g);
   f.args.kl = const_cast<float*>(read(k));
-  f.args.logsumexp = const_cast<float*>(read(lse));
-  f.args.ref_logsumexp = const_cast<float*>(read(ref_lse));
+  f.args.normaliser = const_cast<float*>(read(norm));
+  f.args.ref_normaliser = const_cast<float*>(read(ref_norm));
   f.args.grad_logits = needs_grad ? grad_logits.mutable_data_ptr() : nullptr;
   f.args.grad_ref_logits = needs_ref_grad ? grad_ref_logits.mutable_data_ptr() : nullptr;
   if (needs_grad || needs_ref_grad) run(kernels().full_kl_backward, f.args, kl.numel(), rows_worth_a_thread(f.args.vocabulary));

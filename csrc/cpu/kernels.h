@@ -25,8 +25,8 @@ struct LogProbArgs {
   DType dtype;
   float temperature;
   float* log_probs;
-  float* entropy;  // null: not wanted
-  float* logsumexp;
+  float* entropy;     // null: not wanted
+  float* normaliser;  // two a row: m and log s, logsumexp = m/T + log s
 };
 
 struct LogProbGradArgs {
@@ -40,7 +40,7 @@ struct LogProbGradArgs {
   float temperature;
   const float* grad_log_probs;
   const float* grad_entropy;  // null: no entropy was asked for
-  const float* logsumexp;
+  const float* normaliser;
   const float* entropy;
 };
 
@@ -54,8 +54,8 @@ struct FullKlArgs {
   DType dtype, ref_dtype;
   float temperature;
   float* kl;  // these three: written forward, read backward
-  float* logsumexp;
-  float* ref_logsumexp;
+  float* normaliser;
+  float* ref_normaliser;
   const float* grad;
   void* grad_logits;      // contiguous; null: not wanted
   void* grad_ref_logits;  // likewise

@@ -35,6 +35,21 @@ inline std::vector<int64_t> row_offsets(const Tensor& x) {
   return offsets;
 }
 
+// m and log s of each row, with logsumexp(z/T) = m/T + log s.
+inline Tensor new_normaliser(const Tensor& rows) {
+  const auto sizes = rows.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.push_back(2);
+  return new_floats(shape);
+}
+
+inline Tensor checked_normaliser(const Tensor& x, const Tensor& rows) {
+  require(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == rows.dim() + 1 && x.size(-1) == 2 &&
+              x.numel() == 2 * rows.numel(),
+          "normaliser", "fp32 on CPU, two numbers a row");
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // Fewer elements than this are done before another thread has woken up.
 inline int64_t rows_worth_a_thread(int64_t vocabulary) { return 1 + 32768 / vocabulary; }
 

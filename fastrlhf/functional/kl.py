@@ -117,10 +117,11 @@ def _(grad, log_probs, ref_log_probs, estimator, clamp):
 
 @torch.library.register_fake("fastrlhf::full_kl")
 def _(logits, ref_logits, mask, temperature):
-    return tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(3))
+    rows = logits.shape[:-1]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in (rows, (*rows, 2), (*rows, 2)))
 
 
 @torch.library.register_fake("fastrlhf::full_kl_backward")
-def _(grad, logits, ref_logits, mask, kl, logsumexp, ref_logsumexp, temperature, needs_grad, needs_ref_grad):
+def _(grad, logits, ref_logits, mask, kl, normaliser, ref_normaliser, temperature, needs_grad, needs_ref_grad):
     pairs = ((logits, needs_grad), (ref_logits, needs_ref_grad))
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in pairs)

@@ -72,33 +72,32 @@ def temperature_number(temperature: float) -> Tensor:
     return check.scalars(check.temperature(temperature))
 
 
-# Autograd. The backward passes rebuild p from the logits and their logsumexp; nothing of size [N, V] is kept.
+# Autograd. The backward passes rebuild p from the logits and their normaliser; nothing of size [N, V] is kept.
 
 
 def _setup(ctx, inputs, output) -> None:
     logits, tokens, ctx.temperature = inputs
-    logsumexp = output[-1]
     ctx.save_for_backward(logits, tokens, *output[1:])
-    ctx.mark_non_differentiable(logsumexp)
+    ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_log_probs, _grad_logsumexp):
+def _backward(ctx, grad_log_probs, _grad_normaliser):
     if grad_log_probs is None or not ctx.needs_input_grad[0]:
         return None, None, None
     return ops.token_log_probs_backward(grad_log_probs, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_logsumexp):
+def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_normaliser):
     if not ctx.needs_input_grad[0] or (grad_log_probs is None and grad_entropy is None):
         return None, None, None
-    logits, tokens, entropy, logsumexp = ctx.saved_tensors
+    logits, tokens, entropy, normaliser = ctx.saved_tensors
     if grad_entropy is None:
-        return ops.token_log_probs_backward(grad_log_probs, logits, tokens, logsumexp, ctx.temperature), None, None
+        return ops.token_log_probs_backward(grad_log_probs, logits, tokens, normaliser, ctx.temperature), None, None
     if grad_log_probs is None:
         grad_log_probs = torch.zeros_like(grad_entropy)
     grad = ops.token_log_probs_and_entropy_backward(
-        grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, ctx.temperature
+        grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, ctx.temperature
     )
     return grad, None, None
 
@@ -112,8 +111,8 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, backward, logits, tokens, temperature):
-        *results, logsumexp = op(logits, tokens, temperature)
-        ctx.save_for_backward(logits, tokens, logsumexp, *results[1:])
+        *results, normaliser = op(logits, tokens, temperature)
+        ctx.save_for_backward(logits, tokens, normaliser, *results[1:])
         ctx.op, ctx.temperature = backward, temperature
         return tuple(results)
 
@@ -133,33 +132,33 @@ class _InPlace(torch.autograd.Function):
 
 @torch.library.register_fake("fastrlhf::token_log_probs")
 def _(logits, tokens, temperature):
-    return _fp32(tokens), _fp32(tokens)
+    return _fp32(tokens), _fp32(tokens, 2)
 
 
 @torch.library.register_fake("fastrlhf::token_log_probs_and_entropy")
 def _(logits, tokens, temperature):
-    return _fp32(tokens), _fp32(tokens), _fp32(tokens)
+    return _fp32(tokens), _fp32(tokens), _fp32(tokens, 2)
 
 
 @torch.library.register_fake("fastrlhf::token_log_probs_backward")
-def _(grad_log_probs, logits, tokens, logsumexp, temperature):
+def _(grad_log_probs, logits, tokens, normaliser, temperature):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("fastrlhf::token_log_probs_and_entropy_backward")
-def _(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
+def _(grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("fastrlhf::token_log_probs_backward_")
-def _(grad_log_probs, logits, tokens, logsumexp, temperature):
+def _(grad_log_probs, logits, tokens, normaliser, temperature):
     return None
 
 
 @torch.library.register_fake("fastrlhf::token_log_probs_and_entropy_backward_")
-def _(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
+def _(grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature):
     return None
 
 
-def _fp32(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.float32)
+def _fp32(x: Tensor, *more: int) -> Tensor:
+    return x.new_empty((*x.shape, *more), dtype=torch.float32)

@@ -89,23 +89,30 @@ template <class T, class U>
 void forward(const FullKlArgs& a, int64_t begin, int64_t end) {
   const float scale = scale_for(a.temperature);
   for (int64_t row = begin; row < end; ++row) {
-    double kl = 0.0, logsumexp = 0.0, ref_logsumexp = 0.0;
+    double kl = 0.0, log_s = 0.0, ref_log_s = 0.0;
+    float m = 0.0f, ref_m = 0.0f;
     if (a.mask == nullptr || a.mask[row] != 0) {
       const T* x = static_cast<const T*>(a.logits) + a.row_offset[row];
       const U* y = static_cast<const U*>(a.ref_logits) + a.ref_row_offset[row];
       const KlSums sums = sum_pair(x, y, a.vocabulary, scale);
       kl = kLn2 * (sums.w / sums.p.s - log2(sums.p.s) + log2(sums.q.s));
       if (kl < 0.0) kl = 0.0;  // rounding
-      logsumexp = logsumexp_of(sums.p, scale) / a.temperature;
-      ref_logsumexp = logsumexp_of(sums.q, scale) / a.temperature;
+      log_s = log_sum(sums.p, scale, a.temperature);
+      ref_log_s = log_sum(sums.q, scale, a.temperature);
+      m = sums.p.m;
+      ref_m = sums.q.m;
     }
     a.kl[row] = static_cast<float>(kl);
-    a.logsumexp[row] = static_cast<float>(logsumexp);
-    a.ref_logsumexp[row] = static_cast<float>(ref_logsumexp);
+    a.normaliser[2 * row] = m;
+    a.normaliser[2 * row + 1] = static_cast<float>(log_s);
+    a.ref_normaliser[2 * row] = ref_m;
+    a.ref_normaliser[2 * row + 1] = static_cast<float>(ref_log_s);
   }
 }
 
-constexpr float kRoundingShows = 4.0f;  // less than for log-probs, because p stands beside the distance of two logarithms
+FASTRLHF_INLINE Origin origin_of(const float* normaliser) {
+  return {normaliser[0], normaliser[1] * static_cast<float>(kLog2e)};
+}
 
 // Either output may be missing.
 template <class T, class U>
@@ -139,9 +146,7 @@ void backward(const FullKlArgs& a, int64_t begin, int64_t end) {
     }
     const T* x = static_cast<const T*>(a.logits) + a.row_offset[row];
     const U* y = static_cast<const U*>(a.ref_logits) + a.ref_row_offset[row];
-    Origin ox, oy;
-    normaliser(x, n, a.temperature, a.logsumexp[row], kRoundingShows, ox.pivot, ox.shift);
-    normaliser(y, n, a.temperature, a.ref_logsumexp[row], kRoundingShows, oy.pivot, oy.shift);
+    const Origin ox = origin_of(a.normaliser + 2 * row), oy = origin_of(a.ref_normaliser + 2 * row);
     pair_gradient(x, y, dx, dy, n, ox, oy, scale, a.grad[row] / a.temperature, a.kl[row]);
   }
 }

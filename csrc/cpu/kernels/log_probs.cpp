@@ -1,15 +1,14 @@
-// Log-probability, entropy and logsumexp of a row of logits in one read of it, and the row's gradient.
+// Log-probability, entropy and normaliser of a row of logits in one read of it, and the row's gradient.
 //
 // Forward: with t = (x - m) log2(e) / T, lanes collect s = sum 2^t and u = sum t 2^t, so that
 //
-//   logsumexp = m/T + ln s,    log p(y) = x_y/T - logsumexp,    H = (log2 s - u / s) ln2.
+//   log p(y) = (x_y - m)/T - ln s,    H = (log2 s - u / s) ln2.
 //
 // m need not be the maximum, which nobody looks for: floats lose nothing while the sums stay far from their range. It is
 // taken from the first few elements, and a block of the row is summed again with a larger m only where its sum says that
 // some t ran far ahead. Blocks are added up in double.
 //
-// Backward: p = 2^((x/T - logsumexp) log2(e)). In a row whose logsumexp is so large that its rounding would show in p, it
-// is computed again.
+// Backward: p = 2^((x - m) log2(e) / T - log2 s), from the forward pass's m and ln s.
 
 #include <math.h>
 
@@ -31,33 +30,35 @@ template <class T, bool kEntropy>
 void forward(const LogProbArgs& a, int64_t begin, int64_t end) {
   const float scale = scale_for(a.temperature);
   for (int64_t row = begin; row < end; ++row) {
-    double log_prob = 0.0, entropy = 0.0, logsumexp = 0.0;
+    double log_prob = 0.0, entropy = 0.0;
+    float m = 0.0f, log_s = 0.0f;
     if (a.tokens[row] != kIgnored) {
       const T* x = static_cast<const T*>(a.logits) + a.row_offset[row];
       const RowSums sums = sum_row<T, kEntropy>(x, a.vocabulary, scale);
-      logsumexp = logsumexp_of(sums, scale) / a.temperature;
-      log_prob = static_cast<double>(read_one(x + a.tokens[row])) / a.temperature - logsumexp;
+      const double exact = log_sum(sums, scale, a.temperature);
+      m = sums.m;
+      log_s = static_cast<float>(exact);
+      log_prob = (static_cast<double>(read_one(x + a.tokens[row])) - m) / a.temperature - exact;
       entropy = kLn2 * (log2(sums.s) - sums.u / sums.s);
       // Where one token has all the probability: rounding, and what is left of impossible tokens, 2^-126 each.
       if (entropy < 1e-30) entropy = 0.0;
     }
     a.log_probs[row] = static_cast<float>(log_prob);
-    a.logsumexp[row] = static_cast<float>(logsumexp);
+    a.normaliser[2 * row] = m;
+    a.normaliser[2 * row + 1] = log_s;
     if (kEntropy) a.entropy[row] = static_cast<float>(entropy);
   }
 }
 
-constexpr float kRoundingShows = 64.0f;  // |logsumexp| beyond which half an ulp, and so the error of p, is above 4e-6
-
 // What one row's gradient is made of: dz = one_hot a - p (a + b (log2 p + H)), with a = g/T, b = h ln2 / T and H in bits.
 struct RowGradient {
-  float pivot, scale, shift;  // log2 p = (x - pivot) scale - shift
+  float m, scale, log_s;  // log2 p = (x - m) scale - log_s
   float a, b, entropy;
 };
 
 template <bool kEntropy>
 FASTRLHF_INLINE Vec minus_p_times(Vec x, const RowGradient& r) {
-  const Vec log_p = fma(x - Vec(r.pivot), Vec(r.scale), Vec(-r.shift));
+  const Vec log_p = fma(x - Vec(r.m), Vec(r.scale), Vec(-r.log_s));
   const Power power = exp2_held(log_p);
   const Vec p = product_or_zero(power, log_p);
   if (!kEntropy) return p * Vec(-r.a);
@@ -92,8 +93,8 @@ void backward(const LogProbGradArgs& a, int64_t begin, int64_t end) {
       continue;
     }
     const T* x = static_cast<const T*>(a.logits) + a.row_offset[row];
-    RowGradient r = {0.0f, scale, 0.0f, g / a.temperature, 0.0f, 0.0f};
-    normaliser(x, a.vocabulary, a.temperature, a.logsumexp[row], kRoundingShows, r.pivot, r.shift);
+    const float m = a.normaliser[2 * row], log_s = a.normaliser[2 * row + 1];
+    RowGradient r = {m, scale, log_s * static_cast<float>(kLog2e), g / a.temperature, 0.0f, 0.0f};
     if (kEntropy) {
       r.b = h * static_cast<float>(kLn2) / a.temperature;
       r.entropy = a.entropy[row] * static_cast<float>(kLog2e);

@@ -13,7 +13,7 @@ constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2e = 1.44269504088896340736;
 
 // log2(e) / T as the kernels multiply with it. Its rounding is a change of T by 3e-8, which whoever leaves the domain of
-// powers of two takes back by dividing by it (logsumexp_of).
+// powers of two takes back by dividing by it (log_sum).
 FASTRLHF_INLINE float scale_for(float temperature) { return static_cast<float>(kLog2e / temperature); }
 
 struct RowSums {
@@ -21,8 +21,10 @@ struct RowSums {
   double s, u;
 };
 
-// In the unit of the logits.
-FASTRLHF_INLINE double logsumexp_of(const RowSums& row, float scale) { return row.m + log2(row.s) / scale; }
+// ln s, at the temperature that was asked for.
+FASTRLHF_INLINE double log_sum(const RowSums& row, float scale, float temperature) {
+  return log2(row.s) / scale / temperature;
+}
 
 struct BlockSums {
   float s, u;
@@ -93,20 +95,6 @@ RowSums sum_row(const T* x, int64_t n, float scale) {
     row.u += block.u;
   }
   return row;
-}
-
-// pivot and shift with which log2 p = (x - pivot) scale - shift. The stored logsumexp says it, up to `limit`; of a larger
-// one the rounding would show, and it is summed again.
-template <class T>
-FASTRLHF_INLINE void normaliser(const T* x, int64_t n, float temperature, float stored, float limit, float& pivot,
-                                float& shift) {
-  pivot = stored * temperature;
-  shift = 0.0f;
-  if (fabsf(stored) <= limit) return;
-  const float scale = scale_for(temperature);
-  const double logsumexp = logsumexp_of(sum_row<T, false>(x, n, scale), scale);
-  pivot = static_cast<float>(logsumexp);
-  shift = static_cast<float>((logsumexp - pivot) * scale);
 }
 
 }  // namespace FASTRLHF_CAPABILITY
