@@ -1,5 +1,7 @@
 """gae_packed: sequences one after the other are the rows of gae, bit for bit, wherever they begin and end."""
 
+import random
+
 import pytest
 import torch
 from oracle import EPS, assert_as_good_as_eager, poison, random_tokenwise, same_bits
@@ -70,6 +72,24 @@ def test_a_padded_batch_holds_the_bits_of_the_packed_one():
         results = F.gae(*padded, mask, bootstrap_values=last, **OPTIONS)
         assert all(same_bits(a[mask], b) for a, b in zip(results, packed, strict=True)), place
         assert not any(x[~mask].any() for x in results)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_runs_and_gaps_of_any_length_are_cut_out_bit_for_bit(seed):
+    """Long runs are scanned where they lie, short ones are gathered: nobody can tell."""
+    choose = random.Random(seed)
+    pieces = [choose.choice([1, 2, 7, 15, 16, 17, 63, 64, 65, 200, 1023, 1024, 1025]) for _ in range(12)]
+    if seed % 3:
+        pieces = [n % 70 + 1 for n in pieces]
+    mask = torch.cat([torch.full((n,), (i + seed) % 2 == 0) for i, n in enumerate(pieces)])
+    rewards, values, _ = random_tokenwise(2, 1, len(mask), seed=seed)
+    dense, last = [x[:, mask] for x in (rewards, values)], torch.tensor([0.3])
+    padded = F.gae(
+        poison(rewards, mask[None]), poison(values, mask[None]), mask[None], bootstrap_values=last, **OPTIONS
+    )
+    packed = F.gae(*dense, bootstrap_values=last, **OPTIONS)
+    assert all(same_bits(a[:, mask], b) for a, b in zip(padded, packed, strict=True))
+    assert not any(x[:, ~mask].any() for x in padded)
 
 
 @pytest.mark.parametrize("mask_mode", ["carry", "zero"])

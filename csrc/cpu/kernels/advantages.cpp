@@ -1,9 +1,9 @@
 // Generalised advantage estimation, of given rewards and of a rollout's, one sequence after the other.
 //
-// A sequence is scanned from its end, a vector at a time; vectors are counted from the last token that is scanned. With
-// "carry" only tokens that count are: those that lie side by side where they are, others after they were gathered into a
-// buffer, chunk by chunk. Tokens left over at a chunk's begin, too few for a vector, are computed at once and again with
-// the next chunk, whose first vector they begin. So a token's bits depend on the tokens after it, not on the gaps.
+// A sequence is scanned from its end, a vector at a time. With "carry" only tokens that count are: long runs of them where
+// they lie, others after they were gathered into a buffer. Tokens left over at the begin of a run, too few for a vector,
+// are computed at once and again with the run before, which completes their vector. So vectors are counted from the last
+// token that counts, and a token's bits depend on the tokens after it, not on the gaps.
 //
 // Sequences go by from the last to the first: memory is then read backwards throughout, which the processors' prefetchers
 // do badly and `Streams` does for them.
@@ -64,10 +64,10 @@ struct Streams {
   }
 };
 
-// What the rest of a sequence, towards its end, leaves to the chunks before.
+// What the rest of a sequence, towards its end, leaves to the tokens before.
 struct Later {
   Vec value, advantage;  // of the next token, in the first lane and in all lanes
-  Vec rewards, values;   // of the tokens that wait to become a vector
+  Vec rewards, values;   // of the tokens that wait to become a vector, in the first lanes
   int64_t waiting;
 };
 
@@ -94,102 +94,118 @@ FASTRLHF_INLINE void scan_chunk(float* rewards, const float* values, int64_t n, 
   store(rewards + i - kWidth, scan(load(rewards + i - kWidth), value, later_value, later_advantage, d));
 }
 
-// "carry" with gaps. token(i, n, &reward, &value) reads tokens i .. i + n, which may be anything where they do not count;
-// report(i, n, advantages) sees what was written.
+// Tokens begin .. end, at most a chunk, of which those with a 0 in the mask are left out. token(i, n, &reward, &value) reads
+// tokens i .. i + n, which may be anything where they do not count; report(i, n, advantages) sees what was written.
 template <class Token, class Report>
-FASTRLHF_INLINE void gathered(int64_t length, float bootstrap_value, const Discounts& d, const Streams& s,
+FASTRLHF_INLINE void gathered(int64_t begin, int64_t end, Later& later, const Discounts& d, const Streams& s,
                               const Token& token, const Report& report) {
   Buffer buffer;
   float *rewards = buffer.rewards + kWidth, *values = buffer.values + kWidth;
-  Later later = {Vec(bootstrap_value), Vec(0.0f), Vec(0.0f), Vec(0.0f), 0};
-  for (int64_t end = length; end > 0;) {
-    const int64_t begin = end < kChunk ? 0 : end - kChunk;
-    int64_t at = 0;
-    for_each_vector(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      s.fetch_before(i);
-      const Mask keep = load_mask_first(s.mask + i, n);
-      Vec reward, value;
-      token(i, n, reward, value);
-      store(rewards + at, all(keep) ? reward : compress(reward, keep));
-      store(values + at, all(keep) ? value : compress(value, keep));
-      at += count(keep);
-    });
-    store(rewards + at, later.rewards);
-    store(values + at, later.values);
-    scan_chunk(rewards, values, at, later, d);
-    at = 0;
-    for_each_vector(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const Mask keep = load_mask_first(s.mask + i, n);
-      const Vec dense = load(rewards + at), a = all(keep) ? dense : expand(dense, keep);
-      store_first(s.advantages + i, a, n);
-      store_first(s.returns + i, a + load_kept(s.values + i, keep, n), n);
-      report(i, n, a);
-      at += count(keep);
-    });
-    end = begin;
-  }
+  int64_t at = 0;
+  for_each_vector(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+    s.fetch_before(i);
+    const Mask keep = load_mask_first(s.mask + i, n);
+    Vec reward, value;
+    token(i, n, reward, value);
+    store(rewards + at, all(keep) ? reward : compress(reward, keep));
+    store(values + at, all(keep) ? value : compress(value, keep));
+    at += count(keep);
+  });
+  store(rewards + at, later.rewards);
+  store(values + at, later.values);
+  scan_chunk(rewards, values, at, later, d);
+  at = 0;
+  for_each_vector(begin, end, [&](int64_t i, int n) __attribute__((always_inline)) {
+    const Mask keep = load_mask_first(s.mask + i, n);
+    const Vec dense = load(rewards + at), a = all(keep) ? dense : expand(dense, keep);
+    store_first(s.advantages + i, a, n);
+    store_first(s.returns + i, a + load_kept(s.values + i, keep, n), n);
+    report(i, n, a);
+    at += count(keep);
+  });
 }
 
-// Tokens begin .. end, side by side. kZero: those that do not count are steps of reward 0 and value 0.
+FASTRLHF_INLINE Mask last_lanes(int n) { return ~first_lanes(kWidth - n); }
+
+// Tokens begin .. end, all of them. kZero: those that do not count are steps of reward 0 and value 0.
 template <bool kZero, class Token, class Report>
-FASTRLHF_INLINE void in_place(int64_t begin, int64_t end, float bootstrap_value, const Discounts& discounts,
+FASTRLHF_INLINE void in_place(int64_t begin, int64_t end, Later& later, const Discounts& discounts,
                               const Streams& streams, const Token& token, const Report& report) {
   const Discounts d = discounts;
   const Streams s = streams;
   const Vec zero(0.0f);
-  Vec later_value(bootstrap_value), later_advantage = zero;
+  Vec later_value = later.value, later_advantage = later.advantage;
+  int waiting = static_cast<int>(later.waiting);
   const auto step = [&](int64_t i, int n) __attribute__((always_inline)) {
     s.fetch_before(i);
     const Mask keep = kZero ? load_mask_first(s.mask + i, n) : first_lanes(n);
-    Vec reward, value;
-    token(i, n, reward, value);
+    Vec reward, own_value;
+    token(i, n, reward, own_value);
     if (kZero) {
       reward = select(keep, reward, zero);
-      value = select(keep, value, zero);
+      own_value = select(keep, own_value, zero);
     }
-    const Mask place = ~first_lanes(kWidth - n);  // the last lanes, where a vector that is not full has its tokens
-    const Vec at_end = n == kWidth ? value : expand(value, place);
-    Vec a = scan(n == kWidth ? reward : expand(reward, place), at_end, later_value, later_advantage, d);
-    later_value = at_end;
-    later_advantage = broadcast_first(a);
-    if (n < kWidth) a = compress(a, place);
+    Vec value = own_value;
+    const Mask wait = last_lanes(n < kWidth ? waiting : 0), filled = last_lanes(n < kWidth ? waiting + n : kWidth);
+    if (n < kWidth) {  // they go before those that wait
+      reward = select(wait, expand(later.rewards, wait), expand(reward, filled & ~wait));
+      value = select(wait, expand(later.values, wait), expand(value, filled & ~wait));
+    }
+    Vec a = scan(reward, value, later_value, later_advantage, d);
+    if (n == kWidth || all(filled)) {
+      later_value = value;
+      later_advantage = broadcast_first(a);
+      waiting = 0;
+    } else {
+      later.rewards = compress(reward, filled);
+      later.values = compress(value, filled);
+      waiting += n;
+    }
+    if (n < kWidth) a = compress(a, filled & ~wait);
     if (kZero) a = select(keep, a, zero);
     store_first(s.advantages + i, a, n);
-    store_first(s.returns + i, a + value, n);
+    store_first(s.returns + i, a + own_value, n);
     report(i, n, a);
   };
   int64_t i = end;
+  if (waiting > 0) {
+    const int64_t n = end - begin < kWidth - waiting ? end - begin : kWidth - waiting;
+    step(i -= n, static_cast<int>(n));
+  }
   for (; i - begin >= kWidth; i -= kWidth) step(i - kWidth, kWidth);
   if (i > begin) step(begin, static_cast<int>(i - begin));
+  later.value = later_value;
+  later.advantage = later_advantage;
+  later.waiting = waiting;
 }
 
-// The tokens that count lie in begin .. end.
-struct Kept {
-  int64_t begin, end;
-};
-
-Kept kept_of(const uint8_t* mask, int64_t length) {
-  Kept kept = {0, length};
-  while (kept.end >= kBytes && count_bytes(mask + kept.end - kBytes) == 0) kept.end -= kBytes;
-  while (kept.end > 0 && mask[kept.end - 1] == 0) --kept.end;
-  while (kept.begin < kept.end && mask[kept.begin] == 0) ++kept.begin;
-  return kept;
+// How far before `end` the mask goes on to be 1, or to be 0.
+int64_t run_begin(const uint8_t* mask, int64_t end, bool counts) {
+  while (end >= kBytes && count_bytes(mask + end - kBytes) == (counts ? kBytes : 0)) end -= kBytes;
+  while (end > 0 && (mask[end - 1] != 0) == counts) --end;
+  return end;
 }
+
+constexpr int64_t kLongRun = 64;
 
 template <class Token, class Report>
-FASTRLHF_INLINE void sequence(MaskMode mode, int64_t length, const Kept& kept, float bootstrap_value,
-                              const Discounts& d, const Streams& s, const Token& token, const Report& report) {
-  if (mode == kZero) return in_place<true>(0, length, bootstrap_value, d, s, token, report);
-  if (mode == kNone) return in_place<false>(0, length, bootstrap_value, d, s, token, report);
-  if (count_kept(s.mask + kept.begin, kept.end - kept.begin) < kept.end - kept.begin)
-    return gathered(length, bootstrap_value, d, s, token, report);
-  const auto clear = [&](int64_t begin, int64_t end) {
-    memset(s.advantages + begin, 0, (end - begin) * sizeof(float));
-    memset(s.returns + begin, 0, (end - begin) * sizeof(float));
-  };
-  clear(kept.end, length);
-  clear(0, kept.begin);
-  in_place<false>(kept.begin, kept.end, bootstrap_value, d, s, token, report);
+FASTRLHF_INLINE void sequence(MaskMode mode, int64_t length, float bootstrap_value, const Discounts& d,
+                              const Streams& s, const Token& token, const Report& report) {
+  Later later = {Vec(bootstrap_value), Vec(0.0f), Vec(0.0f), Vec(0.0f), 0};
+  if (mode == kZero) return in_place<true>(0, length, later, d, s, token, report);
+  if (mode == kNone) return in_place<false>(0, length, later, d, s, token, report);
+  for (int64_t end = length; end > 0;) {
+    const int64_t last = run_begin(s.mask, end, false);
+    memset(s.advantages + last, 0, (end - last) * sizeof(float));
+    memset(s.returns + last, 0, (end - last) * sizeof(float));
+    end = run_begin(s.mask, last, true);
+    if (last - end >= kLongRun) {
+      in_place<false>(end, last, later, d, s, token, report);
+    } else if (last > 0) {
+      end = last < kChunk ? 0 : last - kChunk;
+      gathered(end, last, later, d, s, token, report);
+    }
+  }
 }
 
 }  // namespace
@@ -207,8 +223,7 @@ void gae(const GaeArgs& a, int64_t begin, int64_t end) {
       value = load_first(s.values + i, n, 0.0f);
     };
     const float bootstrap_value = a.bootstrap_values == nullptr ? 0.0f : a.bootstrap_values[b];
-    const Kept kept = mode == kCarry ? kept_of(s.mask, length) : Kept{0, length};
-    sequence(mode, length, kept, bootstrap_value, d, s, token, [](int64_t, int, Vec) {});
+    sequence(mode, length, bootstrap_value, d, s, token, [](int64_t, int, Vec) {});
   }
 }
 
@@ -220,7 +235,7 @@ void rollout(const RolloutArgs& a, int64_t begin, int64_t end) {
     const auto from = [&](const float* x) { return x == nullptr ? nullptr : x + start; };
     const Streams s = {from(a.values), {from(a.log_probs), from(a.ref_log_probs), from(a.token_rewards)},
                        a.mask + start, a.advantages + start, a.returns + start};
-    const Kept kept = kept_of(s.mask, a.length);
+    const int64_t last = run_begin(s.mask, a.length, false) - 1;  // -1: no token counts
     float score = a.scores[b];
     score = score < -a.score_clip ? -a.score_clip : a.score_clip < score ? a.score_clip : score;  // nan stays
     Sum kl;
@@ -232,9 +247,9 @@ void rollout(const RolloutArgs& a, int64_t begin, int64_t end) {
       if (i % kFlush < kWidth) flush(kl);
       reward = a.kl_coef == 0.0f ? zero : fine * estimate;  // monitored alone, an infinite KL is no reward
       if (s.inputs[2] != nullptr) reward = reward + load_kept(s.inputs[2] + i, keep, n);
-      const int64_t last = kept.end - 1 - i;
-      if (last >= 0 && last < n) {
-        const Mask at_last = first_lanes(static_cast<int>(last) + 1) & ~first_lanes(static_cast<int>(last));
+      if (i <= last && last < i + n) {
+        const int lane = static_cast<int>(last - i);
+        const Mask at_last = first_lanes(lane + 1) & ~first_lanes(lane);
         reward = select(at_last, reward + Vec(score), reward);
       }
       value = load_first(s.values + i, n, 0.0f);
@@ -245,7 +260,7 @@ void rollout(const RolloutArgs& a, int64_t begin, int64_t end) {
       if (i % kFlush < kWidth) flush(spread);
     };
     const float bootstrap_value = a.bootstrap_values == nullptr ? 0.0f : a.bootstrap_values[b];
-    sequence(a.mask_mode, a.length, kept, bootstrap_value, d, s, token, report);
+    sequence(a.mask_mode, a.length, bootstrap_value, d, s, token, report);
     flush(kl);
     a.kl[b] = static_cast<float>(kl.total);
     a.moments[b] = moments_of(spread);
