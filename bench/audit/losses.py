@@ -5,28 +5,22 @@ import math
 import torch
 
 DTYPES = (torch.float32,)  # the public functions make fp32 of everything a token wide
-TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN = 0, 1, 2
-K1, K2, K3, ABS = range(4)
+TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN = range(3)
+_, K2, K3, ABS = range(4)
 # One launch up to 64k tokens, two beyond; a batch that starts at an odd address; less than one vector.
 SHAPES = ((64, 1024), (129, 1003), (3, 17), (1, 1))
 OPTIONS = ((0.2, 0.2, math.inf, 20.0, 0.0, 0.0), (0.1, 0.3, 3.0, 10.0, 0.01, 0.05))
 PPO = {  # which of the optional tensors are given, and the options that choose between binaries
     "": {},
-    "[entropy, KL]": {"given": ("entropy", "ref_log_probs")},
     "[everything]": {"given": ("weights", "advantage_stats", "entropy", "ref_log_probs", "denominator")},
-    "[KL k1]": {"given": ("ref_log_probs",), "estimator": K1},
-    "[KL k2]": {"given": ("ref_log_probs",), "estimator": K2},
-    "[KL abs]": {"given": ("ref_log_probs",), "estimator": ABS},
-    "[sequence mean]": {"given": ("advantage_stats",), "aggregation": SEQ_MEAN_TOKEN_MEAN},
-    "[sequence sum]": {"aggregation": SEQ_MEAN_TOKEN_SUM},
+    "[sequence mean]": {"given": ("entropy", "ref_log_probs"), "estimator": ABS, "aggregation": SEQ_MEAN_TOKEN_MEAN},
     "[GSPO]": {"given": ("weights", "entropy", "ref_log_probs"), "sequence": True, "aggregation": SEQ_MEAN_TOKEN_MEAN},
-    "[no gradient]": {"given": ("entropy", "ref_log_probs"), "needs_grad": False},
+    "[no gradient]": {"given": ("entropy", "ref_log_probs"), "estimator": K2, "needs_grad": False},
 }
 VALUE = {
     "": {"clip": 0.2},
-    "[no clip]": {"clip": math.inf},
+    "[no clip, sequence sum]": {"clip": math.inf, "aggregation": SEQ_MEAN_TOKEN_SUM},
     "[sequence mean]": {"clip": 0.2, "aggregation": SEQ_MEAN_TOKEN_MEAN},
-    "[no gradient]": {"clip": 0.2, "needs_grad": False},
 }
 
 

@@ -2,7 +2,7 @@
 
 Tokens are taken flat, TILE at a time; program p takes the tiles p, p + programs, ... and every lane keeps its own sums.
 Programs leave their sums in `partials`, and the last one to finish adds those up, in the order of the programs. Which
-one is last does not show in the result: there is no atomic but the counter that tells it. Equal inputs give equal bits.
+one is last (see masked.py) does not show in the result: equal inputs give equal bits.
 
 Launches. A gradient needs the number of tokens (or sequences) that count before it is written. So:
 - one launch if `denominator` is given, if no gradient is wanted, or if there are at most COUNT_ITSELF tokens, for then
@@ -12,15 +12,11 @@ Launches. A gradient needs the number of tokens (or sequences) that count before
   slope needs no third pass: -r times the sums of w A over the tokens with A > 0 and with A < 0, of which the ratio of
   the sequence, clipped or not, lets through the one, the other or both.
 
-The counter is one per stream, since launches on one stream come one after the other, and whoever is last leaves it 0.
-A graph that is being captured may later run on any stream, so it gets one of its own, set to 0 in the graph.
-
 Moments are kept by Welford's update in every lane and put together as in Chan et al. 1983, never as a difference of
 squares; equal numbers deviate by exactly 0.
 
-Vector width and compilation as in log_probs.py: 16 bytes a thread where all tensors start at 16-byte boundaries, loads of
-one element otherwise, the same bits either way; one binary for each set of options, whatever the sizes and numbers.
-What a formula means stands in csrc/math/{ppo,value,kl}.h and fastrlhf/reference.py.
+Vector width and compilation as in log_probs.py: 16 bytes a thread where all tensors start at 16-byte boundaries, loads
+of one element otherwise, the same bits either way; one binary for each set of options, whatever the sizes and numbers.
 """
 
 import torch
@@ -30,6 +26,7 @@ import triton.language as tl
 
 from ._math import _hold, exp_with_residual, kl_estimate
 from ._rows import on_device_of
+from .masked import _arrived_last, arrivals
 
 NUM_WARPS = 4
 TILE = 512  # tokens: 16 bytes of fp32 a thread
@@ -38,6 +35,7 @@ PROGRAMS = 1024
 PARTIALS = 1024  # room for a sum of every program
 WORDS = 2048  # of 4 bytes; at least PROGRAMS
 COUNT_ITSELF = 65_536
+REGISTERS = 168  # a thread at most, so that three programs fit on a multiprocessor
 VECTOR = 4  # elements of fp32 in 16 bytes
 PPO_SUMS, PPO_STATS = 11, 10
 VALUE_SUMS, VALUE_STATS = 8, 5
@@ -89,7 +87,7 @@ def _value_error(value, target, low, high):
 def _tile(tile, n, lane, TILE: tl.constexpr, GRANULE: tl.constexpr):
     """First token of a tile, how many of it are there, and the lanes that may load: whole granules.
 
-    A granule that straddles the end lies inside one aligned 16-byte unit, so it cannot fault; gradients have room for it.
+    A granule that straddles the end lies inside one aligned 16-byte unit, so it cannot fault; gradients have room.
     """
     base = tl.cast(tile, tl.int64) * TILE
     left = tl.minimum(n - base, TILE).to(tl.int32)
@@ -153,16 +151,6 @@ def _count(mask_ptr, found_ptr, n, n_found, aligned, WORDS: tl.constexpr):
         counts += (tl.load(bytes_ptr + (start + lane), mask=start + lane < n, other=0) != 0).to(tl.int32)
     counts += (packed & 0xFF) + (packed >> 8 & 0xFF) + (packed >> 16 & 0xFF) + (packed >> 24 & 0xFF)
     return tl.sum(counts, 0).to(tl.float32)
-
-
-@triton.jit
-def _i_am_last(counter_ptr):
-    """Whether all other programs have stored their sums; if so, they can be read, and the counter is 0 again."""
-    tl.debug_barrier()  # all threads' stores come before the one thread's release
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -448,7 +436,7 @@ def _ppo_finish(partials_ptr, loss_ptr, stats_ptr, denominator, DIVIDE_BY_TOKENS
         "slopes_ptr",
         "found_ptr",
         "partials_ptr",
-        "counter_ptr",
+        "arrivals_ptr",
     ],
 )
 def _ppo_kernel(
@@ -470,7 +458,7 @@ def _ppo_kernel(
     slopes_ptr,
     found_ptr,
     partials_ptr,
-    counter_ptr,
+    arrivals_ptr,
     n: tl.int64,
     length: tl.int32,
     tiles: tl.int32,
@@ -522,7 +510,7 @@ def _ppo_kernel(
     tl.store(mine + 9 * _PARTIALS, tl.min(smallest, 0))
     tl.store(mine + 10 * _PARTIALS, tl.max(largest, 0))
 
-    if _i_am_last(counter_ptr):
+    if _arrived_last(arrivals_ptr, tl.num_programs(0)):
         by_tokens: tl.constexpr = denominator_ptr is None and AGGREGATION == _TOKEN_MEAN
         _ppo_finish(partials_ptr, loss_ptr, stats_ptr, denominator, by_tokens)
 
@@ -623,7 +611,7 @@ def _value_finish(partials_ptr, loss_ptr, stats_ptr, denominator, DIVIDE_BY_TOKE
     """The programs' sums put together."""
     loss = tl.sum(_partial(partials_ptr, 0, 0.0), 0)
     clipped = tl.sum(_partial(partials_ptr, 1, 0.0), 0)
-    count, value, target, target_squares, error, error_squares = _meet(
+    count, value, target, target_squares, _, error_squares = _meet(
         _partial(partials_ptr, 2, 0.0),
         _partial(partials_ptr, 3, 0.0),
         _partial(partials_ptr, 4, 0.0),
@@ -656,7 +644,7 @@ def _value_finish(partials_ptr, loss_ptr, stats_ptr, denominator, DIVIDE_BY_TOKE
         "lengths_ptr",
         "found_ptr",
         "partials_ptr",
-        "counter_ptr",
+        "arrivals_ptr",
     ],
 )
 def _value_kernel(
@@ -671,7 +659,7 @@ def _value_kernel(
     lengths_ptr,
     found_ptr,
     partials_ptr,
-    counter_ptr,
+    arrivals_ptr,
     n: tl.int64,
     length: tl.int32,
     tiles: tl.int32,
@@ -708,24 +696,12 @@ def _value_kernel(
     tl.store(mine + 6 * _PARTIALS, error)
     tl.store(mine + 7 * _PARTIALS, error_squares)
 
-    if _i_am_last(counter_ptr):
+    if _arrived_last(arrivals_ptr, tl.num_programs(0)):
         by_tokens: tl.constexpr = denominator_ptr is None and AGGREGATION == _TOKEN_MEAN
         _value_finish(partials_ptr, loss_ptr, stats_ptr, denominator, by_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
-
-
-_COUNTERS = {}  # (device, stream): an int32, 0 whenever no kernel runs
-
-
-def _counter(device):
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
-    if key not in _COUNTERS:
-        _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _COUNTERS[key]
 
 
 def _like(name, x, model, dtype=torch.float32):
@@ -745,7 +721,7 @@ def _gradient(model):
 
 
 def _are_aligned(tensors):
-    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
+    return int(all(x is None or x.data_ptr() % 16 == 0 for x in tensors))
 
 
 class _Plan:
@@ -775,13 +751,14 @@ class _Plan:
     def _row_values(self, dtype=torch.float32):
         return torch.empty(self.rows, dtype=dtype, device=self.device)
 
-    def find_out(self, log_probs=None, old=None, advantages=None, weights=None, advantage_stats=None, limits=(0.0,) * 4):
+    def find_out(self, inputs=(None,) * 5, limits=(0.0,) * 4):
         """The first launch."""
         if not self.first_launch:
             return
         self.found = torch.empty(min(self.rows, PROGRAMS), dtype=torch.int32, device=self.device)
         if self.need_lengths:
             self.lengths = self._row_values(torch.int32)
+        log_probs, old, advantages, weights, advantage_stats = inputs
         inputs = (None, None, None, self.mask, None, None)
         if self.sequence_ratio:
             self.log_ratios = self._row_values()
@@ -798,7 +775,7 @@ class _Plan:
             self.n,
             self.length,
             self.rows,
-            _are_aligned(inputs[:5]) and self.length % 16 == 0,
+            _are_aligned(inputs[:5]) * (self.length % 16 == 0),
             *limits,
             FIND_TOKENS=self.find_tokens,
             TILE=2 * TILE if self.sequence_ratio else MASK_TILE,
@@ -813,6 +790,7 @@ class _Plan:
             "TILE": TILE,
             "WORDS": WORDS,
             "num_warps": NUM_WARPS,
+            "maxnreg": REGISTERS,
             "enable_fp_fusion": False,
         }
 
@@ -866,8 +844,8 @@ def ppo_loss(
     loss, stats = model.new_empty(()), model.new_empty(PPO_STATS)
     limits = (1.0 - clip_low, 1.0 + clip_high, dual_clip, log_ratio_clamp)
     with on_device_of(model):
-        plan.find_out(log_probs, old, advantages, weights, advantage_stats, limits)
-        counter = _counter(model.device)
+        plan.find_out((log_probs, old, advantages, weights, advantage_stats), limits)
+        counter = arrivals(model)
         grads = [x if needs_grad else None for x in (grad, None if entropy is None else grad_entropy)]
         _ppo_kernel[(plan.programs,)](
             log_probs,
@@ -922,7 +900,7 @@ def value_loss(values, old_values, returns, mask, denominator, clip, aggregation
     loss, stats = model.new_empty(()), model.new_empty(VALUE_STATS)
     with on_device_of(model):
         plan.find_out()
-        counter = _counter(model.device)
+        counter = arrivals(model)
         _value_kernel[(plan.programs,)](
             values,
             old,
