@@ -5,6 +5,7 @@
 
 namespace fastrlhf {
 namespace FASTRLHF_CAPABILITY {
+namespace {
 
 constexpr int64_t kBlock = 2048;  // elements; 8 KiB of fp32 stay in L1 for the rare second look
 constexpr int64_t kFirst = 64;    // elements that the first m is the maximum of
@@ -97,5 +98,6 @@ RowSums sum_row(const T* x, int64_t n, float scale) {
   return row;
 }
 
+}  // namespace
 }  // namespace FASTRLHF_CAPABILITY
 }  // namespace fastrlhf
