@@ -229,14 +229,14 @@ def kernels_of(module):
     return {name for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
 
 
-def audit(archs=ARCHS, only=None):
-    """Audits of every kernel x op x dtype x architecture, of the files of kernels/triton named in only (all).
+def audit(archs=ARCHS, families=None, dtypes=DTYPES):
+    """Audits of every kernel x op x dtype x architecture, of the files of kernels/triton named in families (all).
 
     Raises if a file that has kernels has no bench/audit/<file>.py, or if that launches fewer than the file has.
     """
     audits = []
     for path in sorted(KERNELS.glob("[!_]*.py")):
-        if only and path.stem not in only:
+        if families and path.stem not in families:
             continue
         module = load_kernels(path)
         kernels = kernels_of(module)
@@ -247,11 +247,11 @@ def audit(archs=ARCHS, only=None):
             raise SystemExit(f"{path.name} has kernels but no bench/audit/{path.name}: {sorted(kernels)}")
         found = []
         for arch in archs:
-            for dtype in getattr(family, "DTYPES", DTYPES):
+            for dtype in (x for x in getattr(family, "DTYPES", DTYPES) if x in dtypes):
                 needed = family.bytes_needed(dtype) if hasattr(family, "bytes_needed") else {}
                 for op, calls in family.launches(module, dtype).items():
                     found += audit_op(op, calls, dtype, arch, needed.get(op, {}))
-        if archs and kernels - {a.kernel for a in found}:
+        if set(dtypes) >= set(DTYPES) and archs and kernels - {a.kernel for a in found}:
             raise SystemExit(f"{path.name}: never launched: {sorted(kernels - {a.kernel for a in found})}")
         audits += found
     return audits
@@ -282,11 +282,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
     parser.add_argument("--family", nargs="+", help="files of kernels/triton, such as log_probs (all)")
+    parser.add_argument("--dtype", nargs="+", help="such as bfloat16 (all)")
     parser.add_argument("--json", type=Path, help="also write the audits to this file")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled. Unset it.")
-    audits = audit(args.arch, args.family)
+    audits = audit(args.arch, args.family, [getattr(torch, name) for name in args.dtype] if args.dtype else DTYPES)
     print(table(audits))
     print(
         "\nloads, stores (accesses x bits), instr/elem: of the loop over 16-byte aligned rows, else of the whole kernel"

@@ -37,15 +37,15 @@ class Interpreter:
         """Outputs [...] and, given g (and h, then with the entropy), grad [..., V]."""
         ops, entropy = self.ops, None
         if h is None:
-            log_probs, logsumexp = ops.token_log_probs(logits, tokens, temperature)
+            log_probs, normaliser = ops.token_log_probs(logits, tokens, temperature)
             backward = ops.token_log_probs_backward_ if inplace else ops.token_log_probs_backward
-            args = (g, logits, tokens, logsumexp, temperature)
+            args = (g, logits, tokens, normaliser, temperature)
         else:
-            log_probs, entropy, logsumexp = ops.token_log_probs_and_entropy(logits, tokens, temperature)
+            log_probs, entropy, normaliser = ops.token_log_probs_and_entropy(logits, tokens, temperature)
             backward = (
                 ops.token_log_probs_and_entropy_backward_ if inplace else ops.token_log_probs_and_entropy_backward
             )
-            args = (g, h, logits, tokens, logsumexp, entropy, temperature)
+            args = (g, h, logits, tokens, normaliser, entropy, temperature)
         grad = None if g is None else backward(*args)
         return SimpleNamespace(log_probs=log_probs, entropy=entropy, grad=logits if inplace else grad)
 
@@ -91,8 +91,7 @@ def error(x, exact):
 def assert_accurate(run, logits, tokens, temperature, g, h):
     """At most twice the error of eager PyTorch on the same values in fp32, plus an epsilon.
 
-    The epsilon is a few roundings of fp32; for the gradient that of a logsumexp of up to 64, which becomes a relative
-    error of p.
+    The epsilon is a few roundings of fp32, those of log p becoming a relative error of p.
     """
     ours = run(logits, tokens, temperature, g, h)
     exact = reference(logits, tokens, temperature, g, h, torch.float64)
@@ -397,6 +396,39 @@ def test_in_interpreter(check, interpreted):
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_gpu(check):
     CHECKS[check](Functional())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("V", [50_257, 151_936])
+@pytest.mark.parametrize("rows", [1, 300, 1024])
+def test_on_gpu_at_real_sizes(V, rows):
+    run = Functional()
+    logits, tokens, g, h = sample(run, rows, V + 1, dtype=torch.bfloat16)
+    tokens %= V
+    for upstream in ((g, None), (g, h)):
+        assert_accurate(run, logits[:, :V].contiguous(), tokens, 0.7, *upstream)
+        assert_accurate(run, logits[:, :V], tokens, 0.7, *upstream)  # an odd stride
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_gpu_more_than_2_to_the_31_elements():
+    V = 151_936
+    rows = 2**31 // V + 2
+    if torch.cuda.mem_get_info()[0] < 3 * rows * V * 2:
+        pytest.skip("needs 13 GB of GPU memory")
+    run = Functional()
+    logits = torch.zeros(rows, V, dtype=torch.bfloat16, device=run.device)
+    few, tokens, g, h = sample(run, 2, V, dtype=torch.bfloat16)
+    logits[-2:] = few
+    everywhere = [x.new_zeros(rows) for x in (tokens, g, h)]
+    for x, y in zip(everywhere, (tokens, g, h), strict=True):
+        x[-2:] = y
+    far, near = run(logits, everywhere[0], 1.0, *everywhere[1:]), run(few, tokens, 1.0, g, h)
+    for name in ("log_probs", "entropy", "grad"):
+        assert torch.equal(getattr(far, name)[-2:], getattr(near, name))
 
 
 def main():

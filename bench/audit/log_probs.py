@@ -10,9 +10,8 @@ def bytes_needed(dtype):
     return {
         "token_log_probs": forward,
         "token_log_probs_and_entropy": forward,
-        # The forward kernel reads rows whose logsumexp is large, and no others.
-        "token_log_probs_backward": forward | backward,
-        "token_log_probs_and_entropy_backward": forward | backward,
+        "token_log_probs_backward": backward,
+        "token_log_probs_and_entropy_backward": backward,
     }
 
 
@@ -30,13 +29,13 @@ def launches(ops, dtype):
     for logits, temperature in cases:
         temperature = torch.tensor(temperature)
         tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64)
-        x = torch.zeros(tokens.shape)
+        x, two = torch.zeros(tokens.shape), torch.zeros(*tokens.shape, 2)
         in_place = logits.clone()
         calls = {
             "token_log_probs": (logits, tokens, temperature),
             "token_log_probs_and_entropy": (logits, tokens, temperature),
-            "token_log_probs_backward": (x, logits, tokens, x, temperature),
-            "token_log_probs_and_entropy_backward": (x, x, logits, tokens, x, x, temperature),
+            "token_log_probs_backward": (x, logits, tokens, two, temperature),
+            "token_log_probs_and_entropy_backward": (x, x, logits, tokens, two, x, temperature),
         }
         for name, args in calls.items():
             launches[name].append((getattr(ops, name), args))

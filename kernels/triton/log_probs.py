@@ -4,10 +4,7 @@ Forward: every lane keeps its own running maximum m, s = sum of 2^d and u = sum 
 Lanes meet once a chunk; see _rows.py. UNROLL loads are issued before the first is used, and their shared maximum makes
 a rescaling of (s, u) UNROLL times rarer.
 
-Backward: dz = (1/T) [g (onehot - p) - h p (log p + H)], element by element, from the stored logsumexp and entropy. In
-a row whose logsumexp is so large that its rounding would show in p, peak and sum are computed again: by a launch of the
-forward kernel, which leaves the other rows unread. (Not by the backward kernel, which may have several programs a row,
-and write over it.)
+Backward: dz = (1/T) [g (onehot - p) - h p (log p + H)], element by element, from the stored m, log s and entropy.
 
 Few rows. Each chunk of a row has a program, and what the programs of the forward pass leave is merged by a second, tiny
 launch.
@@ -43,16 +40,14 @@ from ._rows import (
 )
 
 IGNORE_INDEX = -100
-ROUNDING_SHOWS = 64.0  # |logsumexp| beyond which half an ulp is above 4e-6
 
 # Constants read inside kernels have to be constexpr.
 _IGNORE = tl.constexpr(IGNORE_INDEX)
-_ROUNDING_SHOWS = tl.constexpr(ROUNDING_SHOWS)
 
 
 _RUN_TIME = ["V", "splits", "inner", "stride_outer", "stride_inner", "grad_stride_outer", "grad_stride_inner"]
 _POINTERS = [
-    *("logits_ptr", "tokens_ptr", "log_probs_ptr", "entropy_ptr", "logsumexp_ptr", "parts_ptr"),
+    *("logits_ptr", "tokens_ptr", "log_probs_ptr", "entropy_ptr", "normaliser_ptr", "parts_ptr"),
     *("grad_ptr", "grad_log_probs_ptr", "grad_entropy_ptr"),
 ]
 
@@ -64,20 +59,22 @@ def _load_token(row, token, V):
 
 
 @triton.jit
-def _store_results(z, m, s, u, inv_t, n, log_probs_ptr, entropy_ptr, logsumexp_ptr, ENTROPY: tl.constexpr):
+def _store_results(z, m, s, u, inv_t, n, log_probs_ptr, entropy_ptr, normaliser_ptr, ENTROPY: tl.constexpr):
     """From the logit of the token and the statistics of the whole row."""
     log_total = tl.log(s)
-    # From the difference to the peak, not from logsumexp: large logits would cost digits.
     tl.store(log_probs_ptr + n, (z - m) * inv_t - log_total)
-    tl.store(logsumexp_ptr + n, m * inv_t + log_total)
+    # Both, and not their sum: as one number it would lose the digits that p is made of.
+    tl.store(normaliser_ptr + 2 * n.to(tl.int64), m)
+    tl.store(normaliser_ptr + 2 * n.to(tl.int64) + 1, log_total)
     if ENTROPY:
         tl.store(entropy_ptr + n, log_total - u / s * _LN_2)
 
 
 @triton.jit
-def _store_zeros(n, log_probs_ptr, entropy_ptr, logsumexp_ptr, ENTROPY: tl.constexpr):
+def _store_zeros(n, log_probs_ptr, entropy_ptr, normaliser_ptr, ENTROPY: tl.constexpr):
     tl.store(log_probs_ptr + n, 0.0)
-    tl.store(logsumexp_ptr + n, 0.0)
+    tl.store(normaliser_ptr + 2 * n.to(tl.int64), 0.0)
+    tl.store(normaliser_ptr + 2 * n.to(tl.int64) + 1, 0.0)
     if ENTROPY:
         tl.store(entropy_ptr + n, 0.0)
 
@@ -88,14 +85,13 @@ def _forward_kernel(
     tokens_ptr,
     log_probs_ptr,
     entropy_ptr,
-    logsumexp_ptr,
+    normaliser_ptr,
     parts_ptr,
     V: tl.int32,
     splits: tl.int32,
     inner: tl.int32,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
-    beyond: tl.float32,  # if not negative: parts of rows whose |logsumexp|, which is known, is larger, and no results
     scale: tl.float32,  # log2(e) / T
     inv_t: tl.float32,  # 1 / T
     ENTROPY: tl.constexpr,
@@ -105,18 +101,16 @@ def _forward_kernel(
 ):
     n, first, stop = _which_chunks(V, splits, LANES, ROLL)
     token = tl.load(tokens_ptr + n)
-    whole = (splits == 1) & (beyond < 0.0)
-    logsumexp = tl.load(logsumexp_ptr + n, mask=beyond >= 0.0, other=float("inf"))
-    if (token != _IGNORE) & (tl.abs(logsumexp) > beyond):
+    if token != _IGNORE:
         row = logits_ptr + (n // inner).to(tl.int64) * stride_outer + (n % inner).to(tl.int64) * stride_inner
         z = _load_token(row, token, V)
         m, s, u = _row_statistics(row, first, stop, V, scale, GRANULE, LANES, ROLL, ENTROPY)
-        if whole:
-            _store_results(z, m, s, u, inv_t, n, log_probs_ptr, entropy_ptr, logsumexp_ptr, ENTROPY)
+        if splits == 1:
+            _store_results(z, m, s, u, inv_t, n, log_probs_ptr, entropy_ptr, normaliser_ptr, ENTROPY)
         else:
             _store_part(parts_ptr, m, s, u)
-    elif whole:
-        _store_zeros(n, log_probs_ptr, entropy_ptr, logsumexp_ptr, ENTROPY)
+    elif splits == 1:
+        _store_zeros(n, log_probs_ptr, entropy_ptr, normaliser_ptr, ENTROPY)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
@@ -125,7 +119,7 @@ def _forward_merge_kernel(
     tokens_ptr,
     log_probs_ptr,
     entropy_ptr,
-    logsumexp_ptr,
+    normaliser_ptr,
     parts_ptr,
     V: tl.int32,
     splits: tl.int32,
@@ -142,9 +136,9 @@ def _forward_merge_kernel(
         row = logits_ptr + (n // inner).to(tl.int64) * stride_outer + (n % inner).to(tl.int64) * stride_inner
         z = _load_token(row, token, V)
         m, s, u = _merge_parts(parts_ptr, n, splits, scale, ENTROPY)
-        _store_results(z, m, s, u, inv_t, n, log_probs_ptr, entropy_ptr, logsumexp_ptr, ENTROPY)
+        _store_results(z, m, s, u, inv_t, n, log_probs_ptr, entropy_ptr, normaliser_ptr, ENTROPY)
     else:
-        _store_zeros(n, log_probs_ptr, entropy_ptr, logsumexp_ptr, ENTROPY)
+        _store_zeros(n, log_probs_ptr, entropy_ptr, normaliser_ptr, ENTROPY)
 
 
 @triton.jit
@@ -202,11 +196,10 @@ def _backward_kernel(
     grad_ptr,
     logits_ptr,
     tokens_ptr,
-    logsumexp_ptr,
+    normaliser_ptr,
     entropy_ptr,
     grad_log_probs_ptr,
     grad_entropy_ptr,
-    parts_ptr,
     V: tl.int32,
     splits: tl.int32,
     inner: tl.int32,
@@ -214,7 +207,6 @@ def _backward_kernel(
     stride_inner: tl.int64,
     grad_stride_outer: tl.int64,
     grad_stride_inner: tl.int64,
-    scale: tl.float32,  # log2(e) / T
     inv_t: tl.float32,  # 1 / T
     ENTROPY: tl.constexpr,
     GRANULE: tl.constexpr,
@@ -227,8 +219,8 @@ def _backward_kernel(
     outer = (n // inner).to(tl.int64)
     within = (n % inner).to(tl.int64)
     token = tl.load(tokens_ptr + n)
-    log_total = tl.load(logsumexp_ptr + n)
-    peak = 0.0
+    peak = tl.load(normaliser_ptr + 2 * n.to(tl.int64))
+    log_total = tl.load(normaliser_ptr + 2 * n.to(tl.int64) + 1)
     g = tl.load(grad_log_probs_ptr + n) * inv_t
     h = 0.0
     entropy = 0.0
@@ -239,6 +231,7 @@ def _backward_kernel(
     live = (token != _IGNORE) & ((g != 0.0) | (h != 0.0))
     g = tl.where(live, g, 0.0)
     h = tl.where(live, h, 0.0)
+    peak = tl.where(live, peak, 0.0)
     log_total = tl.where(live, log_total, 0.0)
     entropy = tl.where(live, entropy, 0.0)
     token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)  # 32 bits halve the comparisons
@@ -246,9 +239,6 @@ def _backward_kernel(
     out = grad_ptr + outer * grad_stride_outer + within * grad_stride_inner
     row_aligned, row_skip = _aligned_down(row, GRANULE)
     out_aligned, out_skip = _aligned_down(out, GRANULE)
-    if tl.abs(log_total) > _ROUNDING_SHOWS:
-        peak, s, _ = _merge_parts(parts_ptr, n, splits, scale, False)
-        log_total = tl.log(s)
     if row_skip + out_skip == 0:
         row = row_aligned
         out = out_aligned
@@ -267,11 +257,11 @@ def _forward(logits, tokens, temperature, entropy):
     V = logits.shape[-1]
     tokens = tokens.contiguous()
     log_probs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-    logsumexp = torch.empty_like(log_probs)
+    normaliser = torch.empty((*tokens.shape, 2), dtype=torch.float32, device=logits.device)
     entropies = torch.empty_like(log_probs) if entropy else None
     if tokens.numel() == 0:
-        return log_probs, entropies, logsumexp
-    arrays = [x if x is None else x.view(-1) for x in (tokens, log_probs, entropies, logsumexp)]
+        return log_probs, entropies, normaliser
+    arrays = [x if x is None else x.view(-1) for x in (tokens, log_probs, entropies)] + [normaliser.view(-1, 2)]
     tile, numbers = _rows.constants(logits), (LOG2_E / temperature, 1.0 / temperature)
     with _rows.on_device_of(logits):
         for rows, inner, [(view, *strides)] in _rows.row_groups(logits):
@@ -280,77 +270,87 @@ def _forward(logits, tokens, temperature, entropy):
             parts = log_probs if splits == 1 else _rows.new_parts(n, splits, log_probs)
             args = (view, *(x if x is None else x[rows] for x in arrays), parts, V, splits, inner, *strides)
             granule = _rows.granule(logits)
-            _forward_kernel[(n * splits,)](*args, -1.0, *numbers, ENTROPY=entropy, GRANULE=granule, **tile)
+            _forward_kernel[(n * splits,)](*args, *numbers, ENTROPY=entropy, GRANULE=granule, **tile)
             if splits > 1:
                 _forward_merge_kernel[(n,)](*args, *numbers, ENTROPY=entropy, num_warps=1, enable_fp_fusion=False)
-    return log_probs, entropies, logsumexp
+    return log_probs, entropies, normaliser
 
 
-def _backward(grad_logits, grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
+def _backward(grad_logits, grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature):
     """Writes into grad_logits, which is contiguous or the same tensor as logits."""
     _rows.check_layout("logits", logits)
     temperature = float(temperature)
     V = logits.shape[-1]
     if tokens.numel() == 0:
         return
-    arrays = (tokens, logsumexp, entropy, grad_log_probs, grad_entropy)
+    arrays = (tokens, None, entropy, grad_log_probs, grad_entropy)
     arrays = [x if x is None else x.contiguous().view(-1) for x in arrays]
+    arrays[1] = normaliser.contiguous().view(-1, 2)
     tile = {"GRANULE": _rows.granule(logits), **_rows.constants(logits)}
-    numbers = (LOG2_E / temperature, 1.0 / temperature)
     with _rows.on_device_of(logits):
         for rows, inner, [(view, *strides), (out, *out_strides)] in _rows.row_groups(logits, grad_logits):
             n = rows.stop - rows.start
             splits = _rows.splits(n, V, logits.device, **tile)
-            parts = _rows.new_parts(n, splits, logsumexp)
             inputs = [x if x is None else x[rows] for x in arrays]
-            tokens, logsumexp = inputs[:2]
-            args = (view, tokens, logsumexp, None, logsumexp, parts, V, splits, inner, *strides, ROUNDING_SHOWS)
-            _forward_kernel[(n * splits,)](*args, *numbers, ENTROPY=False, **tile)
-            args = (out, view, *inputs, parts, V, splits, inner, *strides, *out_strides, *numbers)
-            _backward_kernel[(n * splits,)](*args, ENTROPY=entropy is not None, **tile)
+            _backward_kernel[(n * splits,)](
+                out,
+                view,
+                *inputs,
+                V,
+                splits,
+                inner,
+                *strides,
+                *out_strides,
+                1.0 / temperature,
+                ENTROPY=entropy is not None,
+                **tile,
+            )
 
 
 def token_log_probs(logits, tokens, temperature):
-    """Log-probability of each token under softmax(logits / temperature), and the logsumexp the backward needs.
+    """Log-probability of each token under softmax(logits / temperature), and the normaliser the backward needs.
 
     logits: [..., V], fp32, bf16 or fp16; any strides but the last, which is 1. tokens: [...], int64, -100 = ignored.
     temperature: a number, as a tensor in CPU memory.
-    Returns log_probs [...] and logsumexp(logits / temperature) [...], fp32, 0 where ignored. A GPU cannot raise for a
-    token outside [0, V) without a host sync: it reads nothing and gives NaN.
+    Returns log_probs [...], 0 where ignored, and normaliser [..., 2], m and log s with logsumexp(logits / temperature)
+    = m / temperature + log s; both fp32. A GPU cannot raise for a token outside [0, V) without a host sync: it reads
+    nothing and gives NaN.
     """
-    log_probs, _, logsumexp = _forward(logits, tokens, temperature, entropy=False)
-    return log_probs, logsumexp
+    log_probs, _, normaliser = _forward(logits, tokens, temperature, entropy=False)
+    return log_probs, normaliser
 
 
 def token_log_probs_and_entropy(logits, tokens, temperature):
     """As token_log_probs, and the entropy [...] of softmax(logits / temperature) in nats, in the same pass.
 
-    Returns (log_probs, entropy, logsumexp), each [...], fp32, 0 where ignored.
+    Returns (log_probs, entropy, normaliser).
     """
     return _forward(logits, tokens, temperature, entropy=True)
 
 
-def token_log_probs_backward(grad_log_probs, logits, tokens, logsumexp, temperature):
+def token_log_probs_backward(grad_log_probs, logits, tokens, normaliser, temperature):
     """Gradient of token_log_probs: grad_log_probs [...], logits [..., V] -> grad_logits [..., V] in logits' dtype."""
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(grad_logits, grad_log_probs, None, logits, tokens, logsumexp, None, temperature)
+    _backward(grad_logits, grad_log_probs, None, logits, tokens, normaliser, None, temperature)
     return grad_logits
 
 
-def token_log_probs_backward_(grad_log_probs, logits, tokens, logsumexp, temperature):
+def token_log_probs_backward_(grad_log_probs, logits, tokens, normaliser, temperature):
     """As token_log_probs_backward, written over logits [..., V], whose rows must not overlap. Returns None."""
-    _backward(logits, grad_log_probs, None, logits, tokens, logsumexp, None, temperature)
+    _backward(logits, grad_log_probs, None, logits, tokens, normaliser, None, temperature)
 
 
-def token_log_probs_and_entropy_backward(grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature):
+def token_log_probs_and_entropy_backward(
+    grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature
+):
     """Gradient of token_log_probs_and_entropy: two gradients [...] -> grad_logits [..., V] in logits' dtype."""
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(grad_logits, grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature)
+    _backward(grad_logits, grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature)
     return grad_logits
 
 
 def token_log_probs_and_entropy_backward_(
-    grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature
+    grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature
 ):
     """As token_log_probs_and_entropy_backward, written over logits [..., V]. Returns None."""
-    _backward(logits, grad_log_probs, grad_entropy, logits, tokens, logsumexp, entropy, temperature)
+    _backward(logits, grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature)
