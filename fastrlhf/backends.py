@@ -24,6 +24,7 @@ TRITON = {  # module of fastrlhf.kernels: the ops it holds, under their own name
         "token_log_probs_and_entropy_backward",
         "token_log_probs_and_entropy_backward_",
     ),
+    "kl": ("kl_divergence", "kl_divergence_backward", "full_kl", "full_kl_backward"),
     "advantages": ("gae", "gae_packed", "rollout_advantages"),
     "masked": ("masked_mean", "masked_whiten"),
     "losses": ("ppo_loss", "value_loss"),
