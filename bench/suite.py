@@ -13,7 +13,7 @@ from rich.console import Console
 from fastrlhf.bench import accuracy, advantages, calls, log_probs, losses, records, report
 from fastrlhf.bench.contests import OURS
 from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
-from fastrlhf.bench.measure import Stopwatch, measure
+from fastrlhf.bench.measure import Stopwatch, keep_memory, measure
 from fastrlhf.bench.peers import roll_call
 from fastrlhf.bench.settings import FULL, QUICK, Setting
 
@@ -22,10 +22,18 @@ ACCURACY = "accuracy"
 
 
 def run(
-    family: str, setting: Setting, console: Console, stopwatch: Any, bandwidth: float | None, path: Path
+    family: str,
+    setting: Setting,
+    console: Console,
+    stopwatch: Any,
+    bandwidth: float | None,
+    path: Path,
+    warm: bool = False,
 ) -> dict[str, Any]:
     """Measures one family into its file, row by row, so that a run cut short keeps what it has."""
     content = {**records.environment(setting.device), "family": family, "peers": roll_call(), "complete": False}
+    if setting.on_cpu:
+        content["outputs_in_warm_memory"] = warm
     if bandwidth:
         content["copy_bandwidth_gb_s"] = bandwidth / 1e6
     content["rows"] = []
@@ -66,12 +74,13 @@ def main(arguments: list[str]) -> None:
     for peer, state in roll_call().items():
         console.print(f"  {peer:<14} {state.get('version') or state['missing']}", highlight=False)
 
+    warm = setting.on_cpu and keep_memory()
     stopwatch = Stopwatch() if setting.on_cpu else CudaStopwatch()
     bandwidth = None if setting.on_cpu else copy_bandwidth(stopwatch)
     failed = []
     for family in options.only:
         path = folder / f"{family}{records.variant(options.quick)}.json"
-        failed += failures(run(family, setting, console, stopwatch, bandwidth, path))
+        failed += failures(run(family, setting, console, stopwatch, bandwidth, path, warm))
         console.print(f"{path}\n", highlight=False)
     if failed:
         raise ValueError(f"{len(failed)} of our own did not run: {'; '.join(failed)}")
@@ -79,5 +88,6 @@ def main(arguments: list[str]) -> None:
 
 _HELP = """Times the ops beside eager PyTorch, torch.compile, the peers that are installed (`make bench` installs them)
 and the physical limit, which plain C++ loops (on a GPU: a copy) measure in the same run. Outputs are allocated by each
-contender in the call, inputs are warm. THP_MEM_ALLOC_ENABLE=1 and FASTRLHF_CPU_CAPABILITY=avx2|portable in the
-environment are measured as they are set, and name the file."""
+contender in the call; inputs are warm, and on Linux so is the memory of outputs, because the process is told to keep
+what it frees. THP_MEM_ALLOC_ENABLE=1 and FASTRLHF_CPU_CAPABILITY=avx2|portable in the environment are measured as they
+are set, and name the file."""
