@@ -39,7 +39,6 @@ from ._rows import (
 )
 
 ROLL = 2  # of two rows: as many loads in flight as log_probs has
-REGISTERS = 128  # a thread, at most, so that four programs fit on a multiprocessor
 BLOCK = 2048  # elements a program of kl_divergence
 GRANULE = 4  # fp32 numbers in 16 bytes
 
@@ -484,6 +483,13 @@ def _full_kl_backward_kernel(
         _pair_gradient(row, ref_row, out, ref_out, *numbers, 1, 1, LANES, ROLL)
 
 
+def _registers():
+    """A thread of full_kl may have 128: four programs fit on a multiprocessor. sm_100 would spill; there, three fit."""
+    if triton.knobs.runtime.interpret:
+        return None
+    return 128 if triton.runtime.driver.active.get_current_target().arch < 100 else 168
+
+
 def _prepared(logits, ref_logits, mask, temperature):
     for name, x in (("logits", logits), ("ref_logits", ref_logits)):
         _rows.check_layout(name, x)
@@ -516,7 +522,7 @@ def full_kl(logits, ref_logits, mask, temperature):
             parts = results[0] if splits == 1 else _rows.new_parts(n, splits, results[0])
             args = [x if x is None else x[rows] for x in arrays]
             sizes = (V, splits, inner, *strides, *ref_strides)
-            _full_kl_kernel[(n * splits,)](view, ref_view, *args, parts, *sizes, scale, **tile, maxnreg=REGISTERS)
+            _full_kl_kernel[(n * splits,)](view, ref_view, *args, parts, *sizes, scale, **tile, maxnreg=_registers())
             if splits > 1:
                 _full_kl_merge_kernel[(n,)](*args, parts, splits, scale, num_warps=1, enable_fp_fusion=False)
     return tuple(results)
