@@ -68,14 +68,15 @@ FASTRLHF_INLINE Mask load_mask_first(const uint8_t* from, int n) {
 
 FASTRLHF_INLINE Vec clamp(Vec x, float low, float high) { return smaller(Vec(high), larger(Vec(low), x)); }
 
-// 2^x in two factors, the second near 1; whoever adds it up saves an operation and a rounding. `held` is the x that it is
-// the power of: the nearest in [-126, 126]. A nan in x gives nan. 1 exactly at 0, relative error 1e-7 and rounding.
+// 2^x in two factors, the second near 1; whoever adds it up saves an operation and a rounding. `held` is the nearest to x
+// in [-127, 127], which is finite. 0 from -127 down, 2^127 from there up; a nan in x gives nan. Relative error 1e-7 and
+// rounding, above -126; exactly 1 at 0.
 struct Power {
   Vec whole, part, held;
 };
 #if !defined(FASTRLHF_CAPABILITY_AVX512)  // which has instructions of its own for this
 FASTRLHF_INLINE Power exp2_held(Vec x) {
-  const Vec held = clamp(x, -126.0f, 126.0f);
+  const Vec held = clamp(x, -127.0f, 127.0f);
   const Vec shifted = held + Vec(12582912.0f);  // 1.5 * 2^23: the integer nearest to x ends up in the lowest bits
   const Vec f = held - (shifted - Vec(12582912.0f));
   Vec p = fma(f, Vec(1.326472731e-03f), Vec(9.671512991e-03f));
@@ -87,17 +88,13 @@ FASTRLHF_INLINE Power exp2_held(Vec x) {
 #else
 FASTRLHF_INLINE Power exp2_held(Vec x) {
   Power p;
-  p.held = held_within_126(x);
+  p.held = held_within_127(x);
   exp2_factors(x, p.held, p.whole, p.part);
   return p;
 }
 #endif
 
 FASTRLHF_INLINE Vec product(const Power& p) { return p.whole * p.part; }
-// 0 below -126.
-FASTRLHF_INLINE Vec product_or_zero(const Power& p, Vec x) {
-  return select(less(x, Vec(-126.0f)), Vec(0.0f), product(p));
-}
 
 struct ExpParts {
   Vec value, minus_one, residual;

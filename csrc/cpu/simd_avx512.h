@@ -30,7 +30,7 @@ FASTRLHF_INLINE Vec round_even(Vec a) {
 }
 FASTRLHF_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 
-// 2^x = 2^(k/32) 2^f with |f| <= 1/64: a table of 32, and a parabola.
+// 2^x = 2^(k/32) 2^f with |f| <= 1/64: a table of 32, and a parabola. At -127 all bits of 2^(k/32) are 0, and so is it.
 FASTRLHF_INLINE void exp2_factors(Vec x, Vec held, Vec& whole, Vec& part) {
   // Bits of 2^(i/32), less what the shift of i below adds to them.
   const __m512i low = _mm512_setr_epi32(
@@ -47,7 +47,7 @@ FASTRLHF_INLINE void exp2_factors(Vec x, Vec held, Vec& whole, Vec& part) {
   part = _mm512_fmadd_ps(f, slope, _mm512_set1_ps(1.0f));
 }
 // The smaller magnitude, with the sign of x.
-FASTRLHF_INLINE Vec held_within_126(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(126.0f), 2); }
+FASTRLHF_INLINE Vec held_within_127(Vec x) { return _mm512_range_ps(x.v, _mm512_set1_ps(127.0f), 2); }
 
 FASTRLHF_INLINE Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FASTRLHF_INLINE Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }

@@ -123,12 +123,12 @@ void pair_gradient(const T* x, const U* y, T* dx, U* dy, int64_t n, Origin ox, O
     const int rest = n - i < kWidth ? static_cast<int>(n - i) : kWidth;
     const Vec t = exponent(load_first(x + i, rest, -INFINITY), ox, scale);
     const Vec r = exponent(load_first(y + i, rest, -INFINITY), oy, scale);
-    const Vec p = product_or_zero(exp2_held(t), t);
+    const Vec p = product(exp2_held(t));
     if (dx != nullptr) {
       const Vec pull = p * ((t - r) - Vec(kl_bits)) * Vec(in_bits);
       store_first(dx + i, select(less(t, Vec(-126.0f)), Vec(0.0f), pull), rest);
     }
-    if (dy != nullptr) store_first(dy + i, (product_or_zero(exp2_held(r), r) - p) * Vec(slope), rest);
+    if (dy != nullptr) store_first(dy + i, (product(exp2_held(r)) - p) * Vec(slope), rest);
   }
 }
 

@@ -40,8 +40,7 @@ void forward(const LogProbArgs& a, int64_t begin, int64_t end) {
       log_s = static_cast<float>(exact);
       log_prob = (static_cast<double>(read_one(x + a.tokens[row])) - m) / a.temperature - exact;
       entropy = kLn2 * (log2(sums.s) - sums.u / sums.s);
-      // Where one token has all the probability: rounding, and what is left of impossible tokens, 2^-126 each.
-      if (entropy < 1e-30) entropy = 0.0;
+      if (entropy < 0.0) entropy = 0.0;  // rounding, where one token has all the probability
     }
     a.log_probs[row] = static_cast<float>(log_prob);
     a.normaliser[2 * row] = m;
@@ -60,7 +59,7 @@ template <bool kEntropy>
 FASTRLHF_INLINE Vec minus_p_times(Vec x, const RowGradient& r) {
   const Vec log_p = fma(x - Vec(r.m), Vec(r.scale), Vec(-r.log_s));
   const Power power = exp2_held(log_p);
-  const Vec p = product_or_zero(power, log_p);
+  const Vec p = product(power);
   if (!kEntropy) return p * Vec(-r.a);
   return p * fma(Vec(-r.b), power.held + Vec(r.entropy), Vec(-r.a));  // held: 0 times -inf would be a nan
 }
