@@ -68,14 +68,17 @@ float streams(const float* const* reads, int n_reads, const uint8_t* const* mask
   for (int thread = 0; thread < threads; ++thread) {
     const Range range = share(n, thread, threads);
     float sums[kStep] = {};
-    for (int64_t i = range.begin; i + kStep <= range.end; i += kStep) {
+    const auto step = [&](int64_t i, int size) __attribute__((always_inline)) {
       for (int r = 0; r < n_reads; ++r)
-        for (int k = 0; k < kStep; ++k) sums[k] += reads[r][i + k];
+        for (int k = 0; k < size; ++k) sums[k] += reads[r][i + k];
       for (int r = 0; r < n_masks; ++r)
-        for (int k = 0; k < kStep; ++k) sums[k] += masks[r][i + k];
+        for (int k = 0; k < size; ++k) sums[k] += masks[r][i + k];
       for (int w = 0; w < n_writes; ++w)
-        for (int k = 0; k < kStep; ++k) writes[w][i + k] = sums[k];
-    }
+        for (int k = 0; k < size; ++k) writes[w][i + k] = sums[k];
+    };
+    int64_t i = range.begin;
+    for (; i + kStep <= range.end; i += kStep) step(i, kStep);
+    step(i, static_cast<int>(range.end - i));
     for (int k = 0; k < kStep; ++k) total += sums[k];
   }
   return total;
