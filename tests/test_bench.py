@@ -140,10 +140,8 @@ class TestLimits:
         runs = {"read": limits.read_once(x), "read, read, write": limits.read_read_write(x)}
         contenders = {name: Contender(lambda _, run=run: run()) for name, run in runs.items()}
         times, _ = interleave(contenders, Stopwatch(), seconds=0.2)
-        medians = {name: sorted(x)[len(x) // 2] for name, x in times.items()}
-        assert 0 < medians["read"] < medians["read, read, write"]
-        gigabytes_a_second = 4 * x.numel() / medians["read"] / 1e6
-        assert 0.1 < gigabytes_a_second < 5000
+        best = {name: min(x) for name, x in times.items()}  # what others do on the machine only adds
+        assert 0 < best["read"] < best["read, read, write"]
 
     def test_without_a_compiler_it_says_so(self, monkeypatch):
         limits.library.cache_clear()
