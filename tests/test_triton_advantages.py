@@ -7,8 +7,6 @@ Every `check_*` runs twice, as in test_triton_log_probs.py: without a GPU in Tri
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from interpreter import run_checks
 from oracle import EPS, assert_as_good_as_eager, poison, random_tokenwise, same_bits
 
 from fastrlhf import fallback, reference
@@ -455,13 +454,7 @@ CHECKS = {name.removeprefix("check_"): check for name, check in globals().items(
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """{check: traceback, or "" if it passed}, from one child process."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+    return run_checks(__file__)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -9,8 +9,6 @@ when it is imported, and the audit in the same pytest run needs the compiler, so
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 import traceback
@@ -19,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from interpreter import run_checks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
@@ -377,13 +376,7 @@ CHECKS = {name.removeprefix("check_"): check for name, check in globals().items(
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """{check: traceback, or "" if it passed}, from one child process."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+    return run_checks(__file__)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -414,7 +414,7 @@ def child(file, *arguments):
     """A child process in which Triton interprets and its kernels serve the CPU, where the C++ ones stand aside."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "FASTRLHF_BACKEND": "reference", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(file), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def outcomes(file):
