@@ -29,6 +29,32 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "token_log_probs_and_entropy_backward_(Tensor grad_log_probs, Tensor grad_entropy, Tensor(a!) logits,"
       " Tensor tokens, Tensor normaliser, Tensor entropy, Tensor temperature) -> ()");
 
+  // The same from hidden [N, H] and the LM head, for tokens [N]. Logits are x W^T + bias, capped to softcap tanh(z /
+  // softcap), and exist some rows or tiles at a time, of about chunk_bytes. numbers: [2], temperature, softcap. A token of
+  // -101 counts, but is none of this weight's: log_probs is then not to be used (a vocabulary that is spread over devices).
+  m.def(
+      "linear_token_log_probs(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor numbers,"
+      " int chunk_bytes) -> (Tensor log_probs, Tensor entropy, Tensor normaliser)");
+  // Each gradient in its tensor's dtype, the weight's in fp32 if so wanted, and empty if not needed.
+  m.def(
+      "linear_token_log_probs_backward(Tensor grad_log_probs, Tensor? grad_entropy, Tensor hidden, Tensor weight,"
+      " Tensor? bias, Tensor tokens, Tensor normaliser, Tensor entropy, Tensor numbers, int chunk_bytes,"
+      " bool needs_hidden, bool needs_weight, bool needs_bias, bool weight_grad_in_fp32)"
+      " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  // The mean of -log p over the tokens that count. stats: [2], mean entropy and count.
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor numbers, int chunk_bytes,"
+      " Tensor? denominator, bool needs_hidden, bool needs_weight, bool needs_bias, bool weight_grad_in_fp32)"
+      " -> (Tensor loss, Tensor stats, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  // ppo_loss of those log-probs and entropies. tokens and all after chunk_bytes in one shape, of N elements; where the
+  // mask is 0, tokens are -100.
+  m.def(
+      "linear_ppo_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor numbers, int chunk_bytes,"
+      " Tensor old_log_probs, Tensor advantages, Tensor mask, Tensor? weights, Tensor? advantage_stats,"
+      " Tensor? ref_log_probs, Tensor? denominator, Tensor options, int kl_estimator, int aggregation,"
+      " bool needs_hidden, bool needs_weight, bool needs_bias, bool weight_grad_in_fp32)"
+      " -> (Tensor loss, Tensor stats, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+
   // KL = sum_j p_j (log p_j - log q_j), p and q the softmax of both at T. Rows whose mask is 0 are not read and give 0.
   m.def(
       "full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature)"

@@ -19,6 +19,10 @@ OPS = (
     "token_log_probs_and_entropy",
     "token_log_probs_and_entropy_backward",
     "token_log_probs_and_entropy_backward_",
+    "linear_token_log_probs",
+    "linear_token_log_probs_backward",
+    "linear_cross_entropy",
+    "linear_ppo_loss",
     "full_kl",
     "full_kl_backward",
     "kl_divergence",
@@ -80,6 +84,93 @@ def token_log_probs_backward_(grad_log_probs, logits, *rest) -> None:
 
 def token_log_probs_and_entropy_backward_(grad_log_probs, grad_entropy, logits, *rest) -> None:
     logits.copy_(token_log_probs_and_entropy_backward(grad_log_probs, grad_entropy, logits, *rest))
+
+
+def _linear_logits(hidden, weight, bias, tokens, numbers) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] in fp32, and which rows count."""
+    counts = tokens != reference.IGNORED
+    return reference.linear_logits(hidden, weight, bias, counts, _limit(numbers[1].item())), counts
+
+
+def linear_token_log_probs(hidden, weight, bias, tokens, numbers, chunk_bytes) -> tuple[Tensor, Tensor, Tensor]:
+    """All logits at once: here nobody saves memory."""
+    logits, _ = _linear_logits(hidden, weight, bias, tokens, numbers)
+    return token_log_probs_and_entropy(logits, tokens, numbers[0])
+
+
+def linear_token_log_probs_backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    _normaliser: Tensor,
+    entropy: Tensor,
+    numbers: Tensor,
+    _chunk_bytes: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    weight_grad_in_fp32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    temperature, softcap = numbers.tolist()
+    logits, counts = _linear_logits(hidden, weight, bias, tokens, numbers)
+    dz = reference.token_log_probs_and_entropy_backward(
+        grad_log_probs, grad_entropy, logits, tokens, entropy, temperature
+    )
+    if _limit(softcap) is not None:
+        dz = dz * (1 - (logits / softcap) ** 2)
+    dtype = torch.float32 if weight_grad_in_fp32 else weight.dtype
+    x = reference.keep(hidden, counts.unsqueeze(-1))
+    return (
+        (dz @ reference.upcast(weight)).to(hidden.dtype) if needs_hidden else hidden.new_empty(0),
+        (dz.mT @ x).to(dtype) if needs_weight else weight.new_empty(0, dtype=dtype),
+        dz.sum(0).to(bias.dtype) if needs_bias else hidden.new_empty(0),
+    )
+
+
+def linear_cross_entropy(hidden, weight, bias, tokens, numbers, chunk_bytes, denominator, *needs):
+    head = (hidden, weight, bias, tokens)
+    log_probs, entropy, normaliser = linear_token_log_probs(*head, numbers, chunk_bytes)
+    mask = tokens != reference.IGNORED
+    count = mask.sum().float()
+    shares = reference.divide(mask.float(), count if denominator is None else denominator)
+    stats = torch.stack([reference.divide(entropy.sum(), count), count])
+    grads = linear_token_log_probs_backward(-shares, None, *head, normaliser, entropy, numbers, chunk_bytes, *needs)
+    return -(log_probs * shares).sum(), stats, *grads
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    numbers: Tensor,
+    chunk_bytes: int,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor | None,
+    advantage_stats: Tensor | None,
+    ref_log_probs: Tensor | None,
+    denominator: Tensor | None,
+    options: Tensor,
+    kl_estimator: int,
+    aggregation: int,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = (hidden, weight, bias, tokens.reshape(-1))
+    log_probs, entropy, normaliser = linear_token_log_probs(*head, numbers, chunk_bytes)
+    constants = (old_log_probs, advantages, mask, weights, advantage_stats, entropy.view(tokens.shape))
+    rest = (ref_log_probs, denominator, options, kl_estimator, False, aggregation, True)
+    loss, stats, *grads = ppo_loss(log_probs.view(tokens.shape), *constants, *rest)
+    grads = (grad.reshape(-1) for grad in grads)
+    return (
+        loss,
+        stats,
+        *linear_token_log_probs_backward(*grads, *head, normaliser, entropy, numbers, chunk_bytes, *needs),
+    )
 
 
 def full_kl(

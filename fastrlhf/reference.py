@@ -124,6 +124,48 @@ def token_log_probs_and_entropy_backward(
     return torch.where((counts & wanted).unsqueeze(-1), dz / temperature, 0.0).to(logits.dtype)
 
 
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, softcap: float | None = None
+) -> Tensor:
+    """x W^T + bias, capped as in Gemma 2 (arXiv:2408.00118): softcap tanh(z / softcap)."""
+    z = keep(hidden, counts.unsqueeze(-1)) @ upcast(weight).mT
+    z = z if bias is None else z + upcast(bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_token_log_probs_and_entropy(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias=None, temperature: float = 1.0, softcap=None
+) -> tuple[Tensor, Tensor]:
+    logits = linear_logits(hidden, weight, bias, tokens != IGNORED, softcap)
+    return token_log_probs_and_entropy(logits, tokens, temperature=temperature)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, *, denominator=None, **head) -> Tensor:
+    log_probs, _ = linear_token_log_probs_and_entropy(hidden, weight, tokens, **head)
+    count = (tokens != IGNORED).sum() if denominator is None else torch.as_tensor(denominator, device=tokens.device)
+    return -divide(log_probs.sum(), count)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias=None,
+    temperature: float = 1.0,
+    softcap=None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """`ppo_loss` of the head's log-probs and entropies."""
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap}
+    tokens = torch.where(mask.bool(), tokens, IGNORED)
+    log_probs, entropy = linear_token_log_probs_and_entropy(hidden, weight, tokens, **head)
+    return ppo_loss(log_probs, old_log_probs, advantages, mask, entropy=entropy, **options)
+
+
 def log_softmaxes(logits: Tensor, ref_logits: Tensor, counts: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """log p, log q and log p - log q; the last 0 where p is, whatever q is there."""
     scaled = [keep(x, counts.unsqueeze(-1)) / temperature for x in (logits, ref_logits)]

@@ -93,13 +93,13 @@ def known_gradients(of: dict[int, int], arguments: int) -> tuple[Callable, Calla
         if grad is not None:
             for i, known in zip(of, ctx.saved_tensors, strict=True):
                 if ctx.needs_input_grad[i]:
-                    grads[i] = _scaled(known, grad, getattr(ctx, "outputs_are_ours", False))
+                    grads[i] = scaled(known, grad, getattr(ctx, "outputs_are_ours", False))
         return tuple(grads)
 
     return setup, backward, tuple(of)
 
 
-def _scaled(known: Tensor, grad: Tensor, ours: bool) -> Tensor:
+def scaled(known: Tensor, grad: Tensor, ours: bool) -> Tensor:
     """known * grad, without a new tensor where nobody can miss the old one."""
     if not ours or is_traced() or torch._C._autograd._get_current_graph_task_keep_graph():
         return known * grad

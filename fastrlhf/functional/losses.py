@@ -87,12 +87,7 @@ def ppo_loss(
     r = exp(log_probs - old_log_probs). Schulman et al. 2017 (arXiv:1707.06347), equation 7.
     """
     check.tensor("log_probs", log_probs)
-    constants = {"old_log_probs": old_log_probs, "advantages": advantages}
-    optional = {"weights": weights, "entropy": entropy, "ref_log_probs": ref_log_probs}
-    for name, x in (constants | {name: x for name, x in optional.items() if x is not None}).items():
-        check.like(name, x, "log_probs", log_probs)
-    mask = check.mask("mask", mask, "log_probs", log_probs)
-    numbers, indices = _ppo_options(
+    numbers, indices = ppo_options(
         clip_low,
         clip_high,
         dual_clip,
@@ -104,19 +99,18 @@ def ppo_loss(
         aggregation,
     )
     _, sequence_ratio, aggregation_index = indices
-    if sequence_ratio:
-        check.sequences("log_probs", log_probs, "ratio_level='sequence'")
-    if aggregation_index:
-        check.sequences("log_probs", log_probs, f"aggregation={aggregation!r}")
-    if advantage_stats is not None:
-        check.tensor("advantage_stats", advantage_stats, dims=1)
-        check.same_device("advantage_stats", advantage_stats, "log_probs", log_probs)
-        if advantage_stats.shape[0] != 2:
-            raise ValueError(f"advantage_stats: got shape {tuple(advantage_stats.shape)}, wanted (2,): mean and 1/std")
+    by_sequence = f"aggregation={aggregation!r}" if aggregation_index else None
+    mask = check_ppo_inputs(
+        ("log_probs", log_probs),
+        {"old_log_probs": old_log_probs, "advantages": advantages},
+        {"weights": weights, "entropy": entropy, "ref_log_probs": ref_log_probs},
+        mask,
+        advantage_stats,
+        kl_coef=kl_coef,
+        by_sequence="ratio_level='sequence'" if sequence_ratio else by_sequence,
+    )
     if entropy is None and entropy_coef:
         raise ValueError(f"entropy: got None, wanted a tensor, because entropy_coef={entropy_coef}")
-    if ref_log_probs is None and kl_coef:
-        raise ValueError(f"ref_log_probs: got None, wanted a tensor, because kl_coef={kl_coef}")
 
     needs_grad = torch.is_grad_enabled() and (
         log_probs.requires_grad or (entropy is not None and entropy.requires_grad)
@@ -138,10 +132,40 @@ def ppo_loss(
     return loss, PPOStats(*stats.unbind())
 
 
+def check_ppo_inputs(
+    model: tuple[str, Tensor],
+    constants: dict[str, Tensor],
+    optional: dict[str, Tensor | None],
+    mask: Tensor,
+    advantage_stats: Tensor | None,
+    *,
+    kl_coef: float,
+    by_sequence: str | None,
+) -> Tensor:
+    """Of a PPO loss: everything in the shape of `model` (its name, the tensor). Returns the mask as bool.
+
+    by_sequence: why the shape has to be [B, T], or None.
+    """
+    for name, x in (constants | {name: x for name, x in optional.items() if x is not None}).items():
+        check.like(name, x, *model)
+    mask = check.mask("mask", mask, *model)
+    if by_sequence is not None:
+        check.sequences(*model, by_sequence)
+    if advantage_stats is not None:
+        check.tensor("advantage_stats", advantage_stats, dims=1)
+        check.same_device("advantage_stats", advantage_stats, *model)
+        if advantage_stats.shape[0] != 2:
+            raise ValueError(f"advantage_stats: got shape {tuple(advantage_stats.shape)}, wanted (2,): mean and 1/std")
+    if optional["ref_log_probs"] is None and kl_coef:
+        raise ValueError(f"ref_log_probs: got None, wanted a tensor, because kl_coef={kl_coef}")
+    return mask
+
+
 @checked_once
-def _ppo_options(
+def ppo_options(
     clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef, kl_estimator, ratio_level, aggregation
 ) -> tuple[Tensor, tuple[int, bool, int]]:
+    """As the raw ops take them."""
     numbers = check.scalars(
         check.number("clip_low", clip_low, least=0.0, most=1.0),
         check.number("clip_high", clip_high, least=0.0),
