@@ -1,14 +1,15 @@
 """From hidden states to log-probs and to losses, with no more of the logits in memory than a few rows.
 
 Every op takes the LM head as `weight` (and `bias`) and does the head's matrix product itself, some rows or tiles at a
-time. With x = hidden, z = softcap tanh((x W^T + bias) / softcap), or x W^T + bias without a cap, and p = softmax(z / T):
+time. With x = hidden, z = softcap tanh((x W^T + bias) / softcap), or x W^T + bias without a cap, and
+p = softmax(z / T):
 
     dz = (1/T) [ g (delta - p) - h p (log p + H) ],    dx = dz (1 - (z / softcap)^2) W,    dW = (...)^T x,
 
 g and h being the gradients of log-prob and entropy. `linear_token_log_probs` computes the logits again for that (four
-products of N V H in all); the losses know g and h in the forward pass and have their gradients before they return (three).
-A head whose weight needs no gradient pays for none. A head that multiplies its logits by s is one with temperature T / s
-and softcap / s.
+products of N V H in all); the losses know g and h in the forward pass and have their gradients before they return
+(three). A head whose weight needs no gradient pays for none. A head that multiplies its logits by s is one with
+temperature T / s and softcap / s.
 
 Arguments that all of them share:
 
@@ -19,12 +20,13 @@ weight: [V, H], of the same dtype. Its gradient is summed in fp32 over all token
 tokens: [...], int64 in [0, V), or -100 for positions to ignore: result 0, gradient 0, hidden state not read.
 bias: [V], of the same dtype, or None.
 temperature: a positive normal fp32 number. softcap: positive, or None.
-chunk_bytes: what the logits may take. The op works on max(64, chunk_bytes / (b V)) tokens at a time, where b is 4 on CPU
-    and the bytes of an element elsewhere; None is 24 MiB on CPU, 1 GiB elsewhere. On CPU it changes no bit of the result.
+chunk_bytes: what the logits may take. The op works on max(64, chunk_bytes / (b V)) tokens at a time, where b is 4 on
+    CPU and the bytes of an element elsewhere; None is 24 MiB on CPU, 1 GiB elsewhere. On CPU it changes no bit of the
+    result.
 
 Log-probs come from logits in fp32 on CPU. Reverse mode only, once: forward-mode AD and double backward raise
-NotImplementedError. Raises ValueError on shapes, dtypes and devices that don't match, IndexError (CPU) on tokens outside
-[0, V).
+NotImplementedError. Raises ValueError on shapes, dtypes and devices that don't match, IndexError (CPU) on tokens
+outside [0, V).
 """
 
 from __future__ import annotations
@@ -144,11 +146,11 @@ def linear_ppo_loss(
     """`ppo_loss` of the log-probs and entropies of the logits hidden weight^T + bias, which never exist.
 
     hidden, weight, tokens, bias, temperature, softcap, chunk_bytes: see the module.
-    old_log_probs, advantages, mask and all other options: as for `ppo_loss`, in the shape of tokens. Where the mask is 0,
-        tokens and hidden states are not read either. The entropy is that of softmax(logits / temperature).
-    Returns (loss, PPOStats), with the gradients of hidden, weight and bias computed in the forward pass: three products of
-    N V H, two where the weight is frozen. A "sequence" ratio needs the sum over its sequence before any gradient is known:
-    it is composed of `linear_token_log_probs_and_entropy` and `ppo_loss`, four products.
+    old_log_probs, advantages, mask and all other options: as for `ppo_loss`, in the shape of tokens. Where the mask is
+        0, tokens and hidden states are not read either. The entropy is that of softmax(logits / temperature).
+    Returns (loss, PPOStats), with the gradients of hidden, weight and bias computed in the forward pass: three products
+    of N V H, two where the weight is frozen. A "sequence" ratio needs the sum over its sequence before any gradient is
+    known: it is composed of `linear_token_log_probs_and_entropy` and `ppo_loss`, four products.
     """
     tokens = _only_where(mask, tokens, old_log_probs)
     head = _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes)
@@ -229,8 +231,8 @@ def linear_dpo_loss(
     """`dpo_loss` of the log-probs of whole responses, from the hidden states of their tokens.
 
     hidden [N, H], weight, tokens [N], bias, temperature, softcap, chunk_bytes: see the module.
-    cu_seqlens: [2 B + 1], int32 or int64: response b is cu_seqlens[b] .. cu_seqlens[b + 1], the B chosen ones first. For
-        responses padded to [2 B, T], torch.arange(0, 2 * B * T + 1, T), with tokens of -100 for the padding.
+    cu_seqlens: [2 B + 1], int32 or int64: response b is cu_seqlens[b] .. cu_seqlens[b + 1], the B chosen ones first.
+        For responses padded to [2 B, T], torch.arange(0, 2 * B * T + 1, T), with tokens of -100 for the padding.
     ref_chosen, ref_rejected: [B], log-probs summed over a response, under the reference.
     beta, variant, label_smoothing: as for `dpo_loss`; for "ipo", divide by the lengths and call `dpo_loss` yourself.
     Returns (loss, DPOStats). A pair's gradient needs the sums over its responses first: four products of N V H.
