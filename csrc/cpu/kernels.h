@@ -16,6 +16,9 @@ enum DpoVariant { kDpoSigmoid, kDpoRobust, kDpoHinge, kDpoIpo };
 enum Aggregation { kTokenMean, kSeqMeanTokenSum, kSeqMeanTokenMean };
 
 constexpr int64_t kIgnored = -100;
+// The row counts, but its token lies in another shard of the vocabulary. Nothing that a mistake about labels yields, as
+// -101 would be: those stay errors.
+constexpr int64_t kElsewhere = INT64_MIN;
 
 struct LogProbArgs {
   const void* logits;
