@@ -16,10 +16,10 @@ Arguments that all of them share:
 hidden: [..., H], fp32, bf16 or fp16. Under autocast it is cast to autocast's dtype, as nn.Linear would.
 weight: [V, H], of the same dtype. Its gradient is summed in fp32 over all tokens and rounded once. Where the parameter
     has an attribute `main_grad` (fp32, [V, H], as Megatron's), the gradient is added there, and weight.grad stays
-    untouched; not under torch.compile.
+    untouched; not under torch.compile, and not where autocast casts the weight.
 tokens: [...], int64 in [0, V), or -100 for positions to ignore: result 0, gradient 0, hidden state not read.
 bias: [V], of the same dtype, or None.
-temperature: a positive normal fp32 number. softcap: positive, or None.
+temperature: a positive normal fp32 number. softcap: the same, or None.
 chunk_bytes: what the logits may take. The op works on max(64, chunk_bytes / (b V)) tokens at a time, where b is 4 on
     CPU and the bytes of an element elsewhere; None is 24 MiB on CPU, 1 GiB elsewhere. On CPU it changes no bit of the
     result.
@@ -31,6 +31,7 @@ outside [0, V).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,9 +39,10 @@ from torch import Tensor
 
 from fastrlhf import backends  # noqa: F401  (loads the ops)
 from fastrlhf.functional import _checks as check
-from fastrlhf.functional._autograd import checked_once, differentiable, scaled
+from fastrlhf.functional._autograd import checked_once, differentiable, is_traced, scaled
 from fastrlhf.functional.losses import PPOStats, check_ppo_inputs, ppo_loss, ppo_options
 from fastrlhf.functional.preferences import DPOStats, dpo_loss
+from fastrlhf.reference import check_ends
 
 ops = torch.ops.fastrlhf
 
@@ -157,6 +159,16 @@ def linear_ppo_loss(
     options = (clip_low, clip_high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef)
     names = (kl_estimator, ratio_level, aggregation)
     numbers, (estimator, sequence_ratio, aggregation_index) = ppo_options(*options, *names)
+    by_sequence = f"aggregation={aggregation!r}" if aggregation_index else None
+    counts = check_ppo_inputs(
+        ("tokens", tokens),
+        {"old_log_probs": old_log_probs, "advantages": advantages},
+        {"weights": weights, "ref_log_probs": ref_log_probs},
+        mask,
+        advantage_stats,
+        kl_coef=kl_coef,
+        by_sequence="ratio_level='sequence'" if sequence_ratio else by_sequence,
+    )
     if sequence_ratio:
         log_probs, entropy = linear_token_log_probs_and_entropy(
             hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes
@@ -165,7 +177,7 @@ def linear_ppo_loss(
             log_probs,
             old_log_probs,
             advantages,
-            mask,
+            counts,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
@@ -181,15 +193,6 @@ def linear_ppo_loss(
             aggregation=aggregation,
             denominator=denominator,
         )
-    mask = check_ppo_inputs(
-        ("tokens", tokens),
-        {"old_log_probs": old_log_probs, "advantages": advantages},
-        {"weights": weights, "ref_log_probs": ref_log_probs},
-        mask,
-        advantage_stats,
-        kl_coef=kl_coef,
-        by_sequence=f"aggregation={aggregation!r}" if aggregation_index else None,
-    )
     hidden, weight, bias, _, *rest = head
     loss, stats, *_ = _linear_ppo_loss(
         hidden,
@@ -199,7 +202,7 @@ def linear_ppo_loss(
         *rest,
         check.fp32(old_log_probs),
         check.fp32(advantages),
-        mask,
+        counts,
         check.fp32(weights),
         check.fp32(advantage_stats),
         check.fp32(ref_log_probs),
@@ -235,7 +238,8 @@ def linear_dpo_loss(
         For responses padded to [2 B, T], torch.arange(0, 2 * B * T + 1, T), with tokens of -100 for the padding.
     ref_chosen, ref_rejected: [B], log-probs summed over a response, under the reference.
     beta, variant, label_smoothing: as for `dpo_loss`; for "ipo", divide by the lengths and call `dpo_loss` yourself.
-    Returns (loss, DPOStats). A pair's gradient needs the sums over its responses first: four products of N V H.
+    Returns (loss, DPOStats). A pair's gradient needs the sums over its responses first: four products of N V H. Raises
+    IndexError (CPU) where cu_seqlens is not an ascent from 0 to N.
     """
     if variant == "ipo":
         raise ValueError("variant: got 'ipo', wanted a variant of summed log-probs; see dpo_loss for 'ipo'")
@@ -243,16 +247,22 @@ def linear_dpo_loss(
     check.tensor("cu_seqlens", cu_seqlens, dims=1, dtypes=(torch.int32, torch.int64))
     check.same_device("cu_seqlens", cu_seqlens, "tokens", tokens)
     check.tensor("ref_chosen", ref_chosen, dims=1)
+    check.same_device("ref_chosen", ref_chosen, "tokens", tokens)
+    check.like("ref_rejected", ref_rejected, "ref_chosen", ref_chosen)
     if cu_seqlens.shape[0] != 2 * ref_chosen.shape[0] + 1:
         raise ValueError(
             f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, wanted ({2 * ref_chosen.shape[0] + 1},): the ends of "
             f"twice as many responses as ref_chosen {tuple(ref_chosen.shape)} has"
         )
+    if tokens.is_cpu and not is_traced():
+        check_ends(cu_seqlens.tolist(), tokens.shape[0])
     log_probs = linear_token_log_probs(
         hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes
     )
-    sums = torch.segment_reduce(log_probs, "sum", offsets=cu_seqlens, axis=0, initial=0.0)
-    chosen, rejected = sums.chunk(2)
+    # On CPU it adds one by one: over thousands of tokens fp32 would lose digits. Elsewhere it adds as a tree.
+    terms = log_probs.double() if log_probs.is_cpu else log_probs
+    sums = torch.segment_reduce(terms, "sum", offsets=cu_seqlens, axis=0, initial=0.0)
+    chosen, rejected = sums.float().chunk(2)
     return dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, beta=beta, variant=variant, label_smoothing=label_smoothing
     )
@@ -275,9 +285,9 @@ def _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes) -> tu
             f"tokens: got shape {tuple(tokens.shape)}, wanted {tuple(hidden.shape[:-1])}, the shape of hidden "
             f"{tuple(hidden.shape)} without its last dimension"
         )
-    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.numel() == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, wanted [V, {hidden.shape[-1]}], V >= 1, for hidden "
+            f"weight: got shape {tuple(weight.shape)}, wanted [V, {max(hidden.shape[-1], 1)}], V >= 1, for hidden "
             f"{tuple(hidden.shape)}"
         )
     if bias is not None:
@@ -286,14 +296,15 @@ def _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes) -> tu
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, wanted ({weight.shape[0]},), one for each token")
     for name, x in (("weight", weight), ("tokens", tokens), *((("bias", bias),) if bias is not None else ())):
         check.same_device(name, x, "hidden", hidden)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = (x if x is None or x.dtype == dtype else x.to(dtype) for x in (hidden, weight, bias))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise ValueError(f"{name}: got dtype {x.dtype}, wanted {hidden.dtype}, the dtype of hidden")
     if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+        chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
     elif not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool) or chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, wanted a positive number of bytes")
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -303,7 +314,9 @@ def _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes) -> tu
 @checked_once
 def head_numbers(temperature, softcap) -> Tensor:
     """As the raw ops take them."""
-    return check.scalars(check.temperature(temperature), check.limit("softcap", softcap))
+    least = check.FP32.tiny  # below it, the kernels would see a 0
+    softcap = math.inf if softcap is None else check.number("softcap", softcap, least=least)
+    return check.scalars(check.temperature(temperature), softcap)
 
 
 def _wanted(*inputs: Tensor | None) -> tuple[bool, bool, bool, bool]:
