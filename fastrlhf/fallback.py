@@ -50,32 +50,35 @@ def _limit(x: float) -> float | None:
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     counts, z = reference.scaled(logits, tokens, temperature.item())
-    return reference.pick(torch.log_softmax(z, -1), tokens, counts), _normaliser(z, temperature)
+    return reference.pick(torch.log_softmax(z, -1), tokens, counts), _normaliser(logits, counts, temperature)
 
 
 def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     counts, z = reference.scaled(logits, tokens, temperature.item())
     log_p = torch.log_softmax(z, -1)
-    return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), _normaliser(z, temperature)
+    normaliser = _normaliser(logits, counts, temperature)
+    return reference.pick(log_p, tokens, counts), reference.entropy_of(log_p, counts), normaliser
 
 
-def _normaliser(z: Tensor, temperature: Tensor) -> Tensor:
-    """What kernels hand to their backward pass; those here compute it again."""
-    top = z.amax(-1)
-    return torch.stack([top * temperature.item(), torch.logsumexp(z - top.unsqueeze(-1), -1)], -1)
+def _normaliser(logits: Tensor, counts: Tensor, temperature: Tensor) -> Tensor:
+    """m and log s, for the backward pass. m is -inf only in a row of nothing but -inf."""
+    x = reference.keep(logits, counts.unsqueeze(-1))
+    top = x.amax(-1, keepdim=True)
+    return torch.cat([top, torch.logsumexp((x - top) / temperature.item(), -1, keepdim=True)], -1)
 
 
-def token_log_probs_backward(grad_log_probs, logits, tokens, _normaliser, temperature) -> Tensor:
+def token_log_probs_backward(grad_log_probs, logits, tokens, normaliser, temperature) -> Tensor:
     return reference.token_log_probs_and_entropy_backward(
-        grad_log_probs, None, logits, tokens, None, temperature.item()
+        grad_log_probs, None, logits, tokens, normaliser, None, temperature.item()
     )
 
 
 def token_log_probs_and_entropy_backward(
-    grad_log_probs, grad_entropy, logits, tokens, _normaliser, entropy, temperature
+    grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature
 ) -> Tensor:
-    grads = (grad_log_probs, grad_entropy)
-    return reference.token_log_probs_and_entropy_backward(*grads, logits, tokens, entropy, temperature.item())
+    return reference.token_log_probs_and_entropy_backward(
+        grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature.item()
+    )
 
 
 def token_log_probs_backward_(grad_log_probs, logits, *rest) -> None:
@@ -105,7 +108,7 @@ def linear_token_log_probs_backward(
     weight: Tensor,
     bias: Tensor | None,
     tokens: Tensor,
-    _normaliser: Tensor,
+    normaliser: Tensor,
     entropy: Tensor,
     numbers: Tensor,
     _chunk_bytes: int,
@@ -117,7 +120,7 @@ def linear_token_log_probs_backward(
     temperature, softcap = numbers.tolist()
     logits, counts = _linear_logits(hidden, weight, bias, tokens, numbers)
     dz = reference.token_log_probs_and_entropy_backward(
-        grad_log_probs, grad_entropy, logits, tokens, entropy, temperature
+        grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature
     )
     if _limit(softcap) is not None:
         dz = dz * (1 - (logits / softcap) ** 2)
@@ -177,9 +180,8 @@ def full_kl(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask
-    scaled = [reference.keep(x, counts.unsqueeze(-1)) / temperature.item() for x in (logits, ref_logits)]
     kl = reference.full_kl(logits, ref_logits, mask, temperature=temperature.item())
-    return kl, *(_normaliser(z, temperature) for z in scaled)
+    return kl, *(_normaliser(x, counts, temperature) for x in (logits, ref_logits))
 
 
 def full_kl_backward(

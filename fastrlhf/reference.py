@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+ELSEWHERE = -(2**63)  # the row counts, but its token lies in another shard of the vocabulary
 INFINITY = float("inf")
 
 
@@ -45,7 +46,7 @@ def residual(x: Tensor) -> Tensor:
 
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
     """IndexError on CPU. Elsewhere reading the tokens would stall the device: there, `pick` gives nan."""
-    wrong = (tokens != IGNORED) & ((tokens < 0) | (tokens >= vocabulary))
+    wrong = (tokens != IGNORED) & (tokens != ELSEWHERE) & ((tokens < 0) | (tokens >= vocabulary))
     if tokens.device.type == "cpu" and wrong.any():
         position = int(wrong.flatten().nonzero()[0])
         raise IndexError(
@@ -101,14 +102,18 @@ def token_log_probs_and_entropy_backward(
     grad_entropy: Tensor | None,
     logits: Tensor,
     tokens: Tensor,
+    normaliser: Tensor,
     entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
     """dz = (1/T) [ g (delta - p) - h p (log p + H) ]: what every vocabulary kernel ends in.
 
-    log p is computed again: from a stored logsumexp of 1e5 it would have two digits after the point.
+    normaliser: [..., 2], m and log s: from their sum, a logsumexp of 1e5, log p would have two digits after the point.
     """
-    counts, log_p = log_softmax(logits, tokens, temperature)
+    check_tokens(tokens, logits.shape[-1])
+    counts = tokens != IGNORED
+    m, log_s = normaliser.unsqueeze(-2).unbind(-1)
+    log_p = (keep(logits, counts.unsqueeze(-1)) - m) / temperature - log_s
     p = log_p.exp()
     dz = torch.zeros_like(p)
     if grad_log_probs is not None:

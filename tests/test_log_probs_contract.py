@@ -1,5 +1,6 @@
 """token_log_probs: what others got wrong, argument errors, determinism, torch.library and torch.compile."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,8 @@ def test_the_reference_gives_nan_for_such_a_token_where_it_may_not_raise(monkeyp
     log_probs = reference.token_log_probs(torch.zeros(5, 5), tokens)
     assert log_probs.isnan().tolist() == [False, True, True, False, True]
     ones, logits = torch.ones(5), torch.zeros(5, 5)
-    grad = reference.token_log_probs_and_entropy_backward(ones, None, logits, tokens, None, 1.0)
+    normaliser = torch.tensor([0.0, math.log(5)]).expand(5, 2)
+    grad = reference.token_log_probs_and_entropy_backward(ones, None, logits, tokens, normaliser, None, 1.0)
     torch.testing.assert_close(grad[1], torch.full((5,), -0.2))
 
 

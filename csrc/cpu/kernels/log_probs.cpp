@@ -26,6 +26,16 @@ FASTRLHF_INLINE float read_one(const T* x) {
   return first(load_first(x, 1, 0.0f));
 }
 
+// -inf for a row of nothing but -inf, nan for one with a nan among them. Both have no distribution, but a shard of the
+// vocabulary may well be the first.
+template <class T>
+float nothing_or_nan(const T* x, int64_t n) {
+  Vec total(0.0f);
+  for (int64_t i = 0; i < n; i += kWidth)
+    total = total + load_first(x + i, n - i < kWidth ? static_cast<int>(n - i) : kWidth, -INFINITY);
+  return sum(total);
+}
+
 template <class T, bool kEntropy>
 void forward(const LogProbArgs& a, int64_t begin, int64_t end) {
   const float scale = scale_for(a.temperature);
@@ -36,9 +46,10 @@ void forward(const LogProbArgs& a, int64_t begin, int64_t end) {
       const T* x = static_cast<const T*>(a.logits) + a.row_offset[row];
       const RowSums sums = sum_row<T, kEntropy>(x, a.vocabulary, scale);
       const double exact = log_sum(sums, scale, a.temperature);
-      m = sums.m;
+      m = sums.m == -INFINITY ? nothing_or_nan(x, a.vocabulary) : sums.m;
       log_s = static_cast<float>(exact);
-      log_prob = (static_cast<double>(read_one(x + a.tokens[row])) - m) / a.temperature - exact;
+      const float at_token = a.tokens[row] == kElsewhere ? NAN : read_one(x + a.tokens[row]);
+      log_prob = (static_cast<double>(at_token) - m) / a.temperature - exact;
       entropy = kLn2 * (log2(sums.s) - sums.u / sums.s);
       if (entropy < 0.0) entropy = 0.0;  // rounding, where one token has all the probability
     }
@@ -66,7 +77,8 @@ FASTRLHF_INLINE Vec minus_p_times(Vec x, const RowGradient& r) {
 
 template <class T, bool kEntropy>
 void row_gradient(const T* x, T* out, int64_t n, int64_t token, const RowGradient& r) {
-  const float at_token = first(minus_p_times<kEntropy>(Vec(read_one(x + token)), r));
+  const bool here = token != kElsewhere;
+  const float at_token = here ? first(minus_p_times<kEntropy>(Vec(read_one(x + token)), r)) : 0.0f;
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
     Vec dz[4];
@@ -78,7 +90,7 @@ void row_gradient(const T* x, T* out, int64_t n, int64_t token, const RowGradien
     const int rest = n - i < kWidth ? static_cast<int>(n - i) : kWidth;
     store_first(out + i, minus_p_times<kEntropy>(load_first(x + i, rest, -INFINITY), r), rest);
   }
-  store_first(out + token, Vec(at_token + r.a), 1);  // from fp32, not from the rounded -p
+  if (here) store_first(out + token, Vec(at_token + r.a), 1);  // from fp32, not from the rounded -p
 }
 
 template <class T, bool kEntropy>
