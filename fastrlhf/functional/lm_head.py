@@ -23,6 +23,13 @@ temperature: a positive normal fp32 number. softcap: the same, or None.
 chunk_bytes: what the logits may take. The op works on max(64, chunk_bytes / (b V)) tokens at a time, where b is 4 on
     CPU and the bytes of an element elsewhere; None is 24 MiB on CPU, 1 GiB elsewhere. On CPU it changes no bit of the
     result.
+group: a process group of torch.distributed over which the vocabulary is spread, in the order of its ranks: weight and
+    bias are this rank's rows, V may differ from rank to rank, and tokens are in [0, sum of V). All ranks call with the
+    same hidden states and tokens, get the same bits and must go on to the same loss. The gradient of hidden is summed
+    over the ranks, in fp32, so all of them or none must want it; those of weight and bias stay with their rows. Two
+    small all-gathers forward (of V, and of four numbers a token), one all-reduce of [N, H] backward. The losses are
+    then composed of `linear_token_log_probs_and_entropy` and a loss of its results, four products: no rank alone knows
+    g and h in time. torch.compile makes one graph of it.
 
 Log-probs come from logits in fp32 on CPU. Reverse mode only, once: forward-mode AD and double backward raise
 NotImplementedError. Raises ValueError on shapes, dtypes and devices that don't match, IndexError (CPU) on tokens
@@ -40,6 +47,7 @@ from torch import Tensor
 from fastrlhf import backends  # noqa: F401  (loads the ops)
 from fastrlhf.functional import _checks as check
 from fastrlhf.functional._autograd import checked_once, differentiable, is_traced, scaled
+from fastrlhf.functional._vocab_parallel import over_group, shard, summed
 from fastrlhf.functional.losses import PPOStats, check_ppo_inputs, ppo_loss, ppo_options
 from fastrlhf.functional.preferences import DPOStats, dpo_loss
 from fastrlhf.reference import check_ends
@@ -59,15 +67,15 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """`token_log_probs` of the logits hidden weight^T + bias, which never exist.
 
     Arguments and errors: see the module. Returns [...], fp32, in nats. Gradient to hidden, weight and bias, each in its
     dtype, and none computed that nobody asked for.
     """
-    return linear_token_log_probs_and_entropy(
-        hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes
-    )[0]
+    head = _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes)
+    return _log_probs_and_entropy(head, tokens, group)[0]
 
 
 def linear_token_log_probs_and_entropy(
@@ -79,14 +87,23 @@ def linear_token_log_probs_and_entropy(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_log_probs_and_entropy` of the logits hidden weight^T + bias, which never exist.
 
     As `linear_token_log_probs`. Returns (log_probs, entropy), both [...], fp32, in nats; both carry gradient.
     """
     head = _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes)
-    log_probs, entropy, _ = _linear_token_log_probs(*head)
-    return log_probs.view(tokens.shape), entropy.view(tokens.shape)
+    return _log_probs_and_entropy(head, tokens, group)
+
+
+def _log_probs_and_entropy(head: tuple, tokens: Tensor, group) -> tuple[Tensor, Tensor]:
+    """In the shape of tokens, from what `_head` returns."""
+    if group is None:
+        results = _linear_token_log_probs(*head)
+    else:
+        results = _linear_token_log_probs_over_group(shard(group, head[3], head[1].shape[0]), *head)
+    return tuple(x.view(tokens.shape) for x in results[:2])
 
 
 class CrossEntropyStats(NamedTuple):
@@ -106,17 +123,30 @@ def linear_cross_entropy(
     softcap: float | None = None,
     denominator: float | Tensor | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, CrossEntropyStats]:
     """Mean of -log p over the tokens that count, with its gradients computed in the forward pass: three products.
 
-    Arguments and errors: see the module. tokens are the labels, already shifted to the positions that predict them.
+    Arguments and errors: see the module (with a group, four products). tokens are the labels, already shifted to the
+    positions that predict them.
     denominator: replaces the count of the tokens by the global one, so that gradient accumulation and data parallelism
         give the gradient of one big batch.
     Returns (loss, CrossEntropyStats), the loss an fp32 scalar; 0 if nothing counts.
     """
     head = _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes)
-    loss, stats, *_ = _linear_cross_entropy(*head, check.denominator(denominator, tokens), *_wanted(*head[:3]))
+    denominator = check.denominator(denominator, tokens)
+    if group is not None:
+        log_probs, entropy = _log_probs_and_entropy(head, tokens, group)
+        count = (tokens != -100).sum().float()
+        total = count if denominator is None else denominator
+        return _mean(-log_probs.sum(), total), CrossEntropyStats(_mean(entropy.detach().sum(), count), count)
+    loss, stats, *_ = _linear_cross_entropy(*head, denominator, *_wanted(*head[:3]))
     return loss, CrossEntropyStats(*stats.unbind())
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, and 0 where nothing counts."""
+    return total / torch.where(count == 0, math.inf, count)
 
 
 def linear_ppo_loss(
@@ -144,15 +174,16 @@ def linear_ppo_loss(
     aggregation: str = "token-mean",
     denominator: float | Tensor | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, PPOStats]:
     """`ppo_loss` of the log-probs and entropies of the logits hidden weight^T + bias, which never exist.
 
-    hidden, weight, tokens, bias, temperature, softcap, chunk_bytes: see the module.
+    hidden, weight, tokens, bias, temperature, softcap, chunk_bytes, group: see the module.
     old_log_probs, advantages, mask and all other options: as for `ppo_loss`, in the shape of tokens. Where the mask is
         0, tokens and hidden states are not read either. The entropy is that of softmax(logits / temperature).
     Returns (loss, PPOStats), with the gradients of hidden, weight and bias computed in the forward pass: three products
     of N V H, two where the weight is frozen. A "sequence" ratio needs the sum over its sequence before any gradient is
-    known: it is composed of `linear_token_log_probs_and_entropy` and `ppo_loss`, four products.
+    known: it is composed of `linear_token_log_probs_and_entropy` and `ppo_loss`, four products, as with a group.
     """
     tokens = _only_where(mask, tokens, old_log_probs)
     head = _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes)
@@ -169,10 +200,8 @@ def linear_ppo_loss(
         kl_coef=kl_coef,
         by_sequence="ratio_level='sequence'" if sequence_ratio else by_sequence,
     )
-    if sequence_ratio:
-        log_probs, entropy = linear_token_log_probs_and_entropy(
-            hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes
-        )
+    if sequence_ratio or group is not None:
+        log_probs, entropy = _log_probs_and_entropy(head, tokens, group)
         return ppo_loss(
             log_probs,
             old_log_probs,
@@ -230,10 +259,11 @@ def linear_dpo_loss(
     variant: str = "sigmoid",
     label_smoothing: float = 0.0,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, DPOStats]:
     """`dpo_loss` of the log-probs of whole responses, from the hidden states of their tokens.
 
-    hidden [N, H], weight, tokens [N], bias, temperature, softcap, chunk_bytes: see the module.
+    hidden [N, H], weight, tokens [N], bias, temperature, softcap, chunk_bytes, group: see the module.
     cu_seqlens: [2 B + 1], int32 or int64: response b is cu_seqlens[b] .. cu_seqlens[b + 1], the B chosen ones first.
         For responses padded to [2 B, T], torch.arange(0, 2 * B * T + 1, T), with tokens of -100 for the padding.
     ref_chosen, ref_rejected: [B], log-probs summed over a response, under the reference.
@@ -256,9 +286,8 @@ def linear_dpo_loss(
         )
     if tokens.is_cpu and not is_traced():
         check_ends(cu_seqlens.tolist(), tokens.shape[0])
-    log_probs = linear_token_log_probs(
-        hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes
-    )
+    head = _head(hidden, weight, tokens, bias, temperature, softcap, chunk_bytes)
+    log_probs, _ = _log_probs_and_entropy(head, tokens, group)
     # On CPU it adds one by one: over thousands of tokens fp32 would lose digits. Elsewhere it adds as a tree.
     terms = log_probs.double() if log_probs.is_cpu else log_probs
     sums = torch.segment_reduce(terms, "sum", offsets=cu_seqlens, axis=0, initial=0.0)
@@ -368,6 +397,11 @@ def _backward(ctx, grad_log_probs, grad_entropy, _grad_normaliser):
     return *grads, None, None, None
 
 
+def _backward_over_group(ctx, *grads):
+    hidden, *rest = _backward(ctx, *grads)
+    return None if hidden is None else summed(hidden, ctx.group), *rest
+
+
 def _known(arguments: int) -> tuple:
     """For `differentiable`: a loss that returns (loss, stats, grad_hidden, grad_weight, grad_bias)."""
 
@@ -395,6 +429,7 @@ def _known(arguments: int) -> tuple:
 
 
 _linear_token_log_probs = differentiable("linear_token_log_probs", _setup, _backward, (0, 1, 2))
+_linear_token_log_probs_over_group = over_group("linear_token_log_probs", _setup, _backward_over_group, tokens=3)
 _linear_cross_entropy = differentiable("linear_cross_entropy", *_known(arguments=11))
 _linear_ppo_loss = differentiable("linear_ppo_loss", *_known(arguments=20))
 

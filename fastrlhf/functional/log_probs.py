@@ -1,17 +1,25 @@
 """Log-probabilities and entropies from logits, in one pass over them."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
 from fastrlhf import backends  # noqa: F401  (loads the ops)
 from fastrlhf.functional import _checks as check
 from fastrlhf.functional._autograd import checked_once, differentiable, once_differentiable
+from fastrlhf.functional._vocab_parallel import Shard, merge, over_group, shard
 
 ops = torch.ops.fastrlhf
 
 
 def token_log_probs(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, inplace_backward: bool = False
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each token under softmax(logits / temperature), in one pass over the logits.
 
@@ -21,6 +29,10 @@ def token_log_probs(
     inplace_backward: write the gradient over the logits (they are garbage afterwards; saves V values a row). Their rows
         must not overlap, and they must not be a leaf that requires grad. Under torch.compile the compiler plans the
         memory and this is ignored; the numbers are the same.
+    group: a process group of torch.distributed over which the vocabulary is spread, in the order of its ranks: logits
+        are this rank's columns, V may differ from rank to rank, and tokens are in [0, sum of V). All ranks call with
+        the same tokens, get the same bits and must go on to the same loss. Two small all-gathers: of V, and of three
+        or four numbers a token. The gradient needs none. torch.compile makes one graph of it.
     Returns [...], fp32, in nats. Gradient to logits, in their dtype. Raises ValueError on shapes, dtypes and devices
     that don't match, IndexError (CPU) on tokens outside [0, V); elsewhere such a token gives nan. Reverse mode only,
     once: forward-mode AD and double backward raise NotImplementedError.
@@ -31,12 +43,19 @@ def token_log_probs(
     if inplace_backward and not torch.compiler.is_compiling():
         check.writable_rows("logits", logits, "inplace_backward=True writes the gradient over them")
         both = (ops.token_log_probs.default, ops.token_log_probs_backward_.default)
-        return _InPlace.apply(*both, logits, tokens, temperature)[0]
+        return _InPlace.apply(*both, logits, tokens, temperature, _shard(group, logits, tokens))[0]
+    if group is not None:
+        return _token_log_probs_over_group(_shard(group, logits, tokens), logits, tokens, temperature)[0]
     return _token_log_probs(logits, tokens, temperature)[0]
 
 
 def token_log_probs_and_entropy(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, inplace_backward: bool = False
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_log_probs`, and the entropy of the same distribution softmax(logits / temperature), in the same pass.
 
@@ -49,7 +68,9 @@ def token_log_probs_and_entropy(
     if inplace_backward and not torch.compiler.is_compiling():
         check.writable_rows("logits", logits, "inplace_backward=True writes the gradient over them")
         both = (ops.token_log_probs_and_entropy.default, ops.token_log_probs_and_entropy_backward_.default)
-        return _InPlace.apply(*both, logits, tokens, temperature)
+        return _InPlace.apply(*both, logits, tokens, temperature, _shard(group, logits, tokens))
+    if group is not None:
+        return _token_log_probs_and_entropy_over_group(_shard(group, logits, tokens), logits, tokens, temperature)[:2]
     return _token_log_probs_and_entropy(logits, tokens, temperature)[:2]
 
 
@@ -64,6 +85,10 @@ def _check(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         )
     check.vocabulary("logits", logits)
     return temperature_number(temperature)
+
+
+def _shard(group, logits: Tensor, tokens: Tensor) -> Shard | None:
+    return None if group is None else shard(group, tokens, logits.shape[-1])
 
 
 @checked_once
@@ -104,14 +129,22 @@ def _backward_with_entropy(ctx, grad_log_probs, grad_entropy, _grad_normaliser):
 
 _token_log_probs = differentiable("token_log_probs", _setup, _backward)
 _token_log_probs_and_entropy = differentiable("token_log_probs_and_entropy", _setup, _backward_with_entropy)
+_token_log_probs_over_group = over_group("token_log_probs", _setup, _backward, tokens=1)
+_token_log_probs_and_entropy_over_group = over_group(
+    "token_log_probs_and_entropy", _setup, _backward_with_entropy, tokens=1
+)
 
 
 class _InPlace(torch.autograd.Function):
     """Either op with the gradient written over the logits."""
 
     @staticmethod
-    def forward(ctx, op, backward, logits, tokens, temperature):
-        *results, normaliser = op(logits, tokens, temperature)
+    def forward(ctx, op, backward, logits, tokens, temperature, part):
+        if part is None:
+            *results, normaliser = op(logits, tokens, temperature)
+        else:
+            tokens = part.tokens
+            *results, normaliser = merge(op(logits, tokens, temperature), part, temperature)
         ctx.save_for_backward(logits, tokens, normaliser, *results[1:])
         ctx.op, ctx.temperature = backward, temperature
         return tuple(results)
@@ -124,7 +157,7 @@ class _InPlace(torch.autograd.Function):
         ctx.op(*grads, logits, *saved, ctx.temperature)
         # Whoever else saved these logits for a backward pass, or runs this one twice, gets torch's error, not garbage.
         torch.autograd.graph.increment_version(logits)
-        return None, None, logits, None, None
+        return None, None, logits, None, None, None
 
 
 # Shapes.
