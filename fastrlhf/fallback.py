@@ -5,6 +5,7 @@ their gradients, and write them out here: an op runs below autograd, which there
 them against autograd's.
 """
 
+import functools
 import math
 
 import torch
@@ -95,12 +96,25 @@ def _linear_logits(hidden, weight, bias, tokens, numbers) -> tuple[Tensor, Tenso
     return reference.linear_logits(hidden, weight, bias, counts, _limit(numbers[1].item())), counts
 
 
+def _without_autocast(function):
+    """Autocast also reaches the products inside these ops, and would round the logits to 16 bits."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        with torch._C._DisableAutocast():
+            return function(*arguments)
+
+    return call
+
+
+@_without_autocast
 def linear_token_log_probs(hidden, weight, bias, tokens, numbers, chunk_bytes) -> tuple[Tensor, Tensor, Tensor]:
     """All logits at once: here nobody saves memory."""
     logits, _ = _linear_logits(hidden, weight, bias, tokens, numbers)
     return token_log_probs_and_entropy(logits, tokens, numbers[0])
 
 
+@_without_autocast
 def linear_token_log_probs_backward(
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
