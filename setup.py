@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/log_probs.cpp",
+    "csrc/cpu/lm_head.cpp",
     "csrc/cpu/full_kl.cpp",
     "csrc/cpu/kl.cpp",
     "csrc/cpu/advantages.cpp",
@@ -30,6 +31,7 @@ SOURCES = [
 ]
 HOT_SOURCES = [
     "csrc/cpu/kernels/log_probs.cpp",
+    "csrc/cpu/kernels/lm_head.cpp",
     "csrc/cpu/kernels/full_kl.cpp",
     "csrc/cpu/kernels/kl.cpp",
     "csrc/cpu/kernels/advantages.cpp",
@@ -48,6 +50,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     # -Wno-*uninitialized: GCC 12 warns about the undefined lanes inside its own avx512fintrin.h.
     CAPABILITIES["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     CAPABILITIES["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16"]
 
 
 def stop(what: str, remedy: str):

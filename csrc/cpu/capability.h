@@ -1,9 +1,9 @@
-// Which of the three builds of the hot files this processor (or FASTRLHF_CPU_CAPABILITY) asks for.
+// Which of the builds of the hot files this processor (or FASTRLHF_CPU_CAPABILITY) asks for.
 #pragma once
 
 namespace fastrlhf {
 
-enum class Capability { portable, avx2, avx512 };
+enum class Capability { portable, avx2, avx512, avx512_bf16 };
 
 // Decided once. Throws std::invalid_argument when the environment variable names something unknown or unsupported.
 Capability cpu_capability();

@@ -47,6 +47,55 @@ struct LogProbGradArgs {
   const float* entropy;
 };
 
+// The LM head. Logits lie as [vocabulary][tokens of a chunk]; see kernels/lm_head.cpp. Blocks of fixed length, which the
+// order of summation hangs on:
+constexpr int64_t kLmTokens = 64;        // of tokens, in the weight's gradient; `padded` is a multiple of it
+constexpr int64_t kLmVocabulary = 384;   // of the vocabulary, in the gradient of the hidden states
+constexpr int64_t kLmSegment = 768;      // of the vocabulary, in the statistics
+constexpr int64_t kLmTile = 96;          // the most rows of the vocabulary that are in the works at a time
+constexpr int64_t kLmHiddenBlock = 96;   // columns of a task of lm_head_hidden_gradient
+constexpr int64_t kLmSlopes = 5;
+
+struct LmHeadArgs {
+  const void* hidden;
+  const int64_t* row_offset;  // of the chunk's tokens, in elements
+  const void* weight;
+  int64_t weight_stride;
+  const void* bias;  // null: none
+  int64_t vocabulary, size;
+  DType dtype;
+  float temperature, softcap;  // infinity: none
+  int64_t tile;                // rows of a tile, an even divisor of kLmVocabulary
+  int64_t tokens, padded, stride;  // of the chunk; stride: between the rows of `logits` and of `grad_hidden`
+  const int64_t* targets;
+  void* by_token;   // the packed hidden states
+  void* by_hidden;  // null: not needed
+  float* logits;    // from row `origin` on; null: logits live as long as their statistics need them
+  int64_t origin;
+  float* parts;          // [segments][3][padded]
+  float* target_logits;  // [padded]
+  float* log_probs;      // of the chunk's tokens, as are the next two
+  float* entropy;
+  float* normaliser;
+  // Of the gradients: rows first .. first + count of the vocabulary.
+  const float* slopes;  // [kLmSlopes][padded]: m, log2 s, a, b, entropy in bits; see RowGradient in kernels/log_probs.cpp
+  bool with_entropy;
+  bool recompute;    // logits are not there yet
+  bool first_chunk;  // overwrite the sums over tokens
+  int64_t first, count, splits;
+  float* grad_weight;      // [V, H]; null: not wanted, as are the others
+  float* grad_bias;        // [V]
+  float* grad_hidden;      // [H][stride]
+  void* grad_hidden_rows;  // where it goes in the end
+  const int64_t* grad_row;
+};
+
+struct NarrowArgs {
+  const float* from;
+  void* to;
+  DType dtype;
+};
+
 struct FullKlArgs {
   const void* logits;
   const void* ref_logits;
@@ -193,6 +242,13 @@ struct ValueArgs {
 struct Kernels {
   void (*log_probs)(const LogProbArgs&, int64_t begin, int64_t end);
   void (*log_probs_backward)(const LogProbGradArgs&, int64_t begin, int64_t end);
+  void (*lm_head_pack)(const LmHeadArgs&, int64_t begin, int64_t end);             // blocks of kLmTokens
+  void (*lm_head_logits)(const LmHeadArgs&, int64_t begin, int64_t end);           // segments
+  void (*lm_head_rows)(const LmHeadArgs&, int64_t begin, int64_t end);             // tokens
+  void (*lm_head_gradient)(const LmHeadArgs&, int64_t begin, int64_t end);         // tiles
+  void (*lm_head_hidden_gradient)(const LmHeadArgs&, int64_t begin, int64_t end);  // blocks of H times splits
+  void (*lm_head_store_hidden)(const LmHeadArgs&, int64_t begin, int64_t end);     // tokens
+  void (*narrow)(const NarrowArgs&, int64_t begin, int64_t end);                   // elements
   void (*full_kl)(const FullKlArgs&, int64_t begin, int64_t end);
   void (*full_kl_backward)(const FullKlArgs&, int64_t begin, int64_t end);
   void (*kl)(const KlArgs&, int64_t begin, int64_t end);

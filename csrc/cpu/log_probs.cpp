@@ -12,16 +12,6 @@ void check_logits(const Tensor& logits, const Tensor& tokens) {
   require(matches, "tokens", "int64 on CPU, in the shape of logits without the vocabulary");
 }
 
-Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
-  Tensor flat = tokens.is_contiguous() ? tokens : torch::stable::contiguous(tokens);
-  const auto* ids = static_cast<const int64_t*>(flat.const_data_ptr());
-  for (int64_t i = 0, n = flat.numel(); i < n; ++i)
-    if (ids[i] != kIgnored && ids[i] != kElsewhere && (ids[i] < 0 || ids[i] >= vocabulary))
-      throw std::out_of_range("tokens: got " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
-                              ", wanted a token in [0, " + std::to_string(vocabulary) + "), or -100 to ignore it");
-  return flat;
-}
-
 const int64_t* read_tokens(const Tensor& tokens) { return static_cast<const int64_t*>(tokens.const_data_ptr()); }
 
 void forward(const Tensor& logits, const Tensor& tokens, const Tensor& temperature, const Tensor& log_probs, float* entropy,

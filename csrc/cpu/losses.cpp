@@ -5,18 +5,14 @@
 #include <cmath>
 #include <limits>
 
-#include "tensors.h"
+#include "losses.h"
 
 namespace fastrlhf {
-namespace {
-
-// How a loss is divided: over units of fixed length for a mean over tokens, over sequences for everything else.
-struct Division {
-  Units units;
-  Scratch<int64_t> counts;
-  double tokens = 0.0, denominator = 0.0;
-  bool per_token_mean;
-};
+std::pair<float, float> mean_and_rstd(const Tensor& advantage_stats) {
+  require(advantage_stats.dim() == 1 && advantage_stats.size(0) == 2, "advantage_stats", "[2]: mean and 1/std");
+  const Tensor stats = floats("advantage_stats", advantage_stats, advantage_stats);
+  return {read(stats)[0], read(stats)[1]};
+}
 
 Division divide(const Tensor& x, const Tensor& mask, const OptionalTensor& denominator, int64_t aggregation,
                 bool by_sequence) {
@@ -57,12 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   const float* option = numbers("options", options, 6);
   const float entropy_coef = option[4], kl_coef = option[5];
   float mean = 0.0f, rstd = 1.0f;
-  if (advantage_stats.has_value()) {
-    require(advantage_stats->dim() == 1 && advantage_stats->size(0) == 2, "advantage_stats", "[2]: mean and 1/std");
-    const Tensor stats = floats("advantage_stats", *advantage_stats, *advantage_stats);
-    mean = read(stats)[0];
-    rstd = read(stats)[1];
-  }
+  if (advantage_stats.has_value()) std::tie(mean, rstd) = mean_and_rstd(*advantage_stats);
 
   Division d = divide(lp, kept, denominator, aggregation, sequence_ratio);
   Tensor grad_log_probs = grad_like(lp, needs_grad), grad_entropy = grad_like(lp, needs_grad && ent.has_value());
@@ -127,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
                                 ratio_or_zero(total.kl, n), n});
   return {scalar(ratio_or_zero(loss, d.denominator)), stats, grad_log_probs, grad_entropy};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const OptionalTensor& old_values,
                                               const Tensor& returns, const Tensor& mask,

@@ -62,11 +62,23 @@ inline Tensor new_logits_like(const Tensor& logits) {
   return torch::stable::empty(logits.sizes(), logits.scalar_type());
 }
 
-inline float read_temperature(const Tensor& temperature) {
+inline Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
+  Tensor flat = tokens.is_contiguous() ? tokens : torch::stable::contiguous(tokens);
+  const auto* ids = static_cast<const int64_t*>(flat.const_data_ptr());
+  for (int64_t i = 0, n = flat.numel(); i < n; ++i)
+    if (ids[i] != kIgnored && ids[i] != kElsewhere && (ids[i] < 0 || ids[i] >= vocabulary))
+      throw std::out_of_range("tokens: got " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
+                              ", wanted a token in [0, " + std::to_string(vocabulary) + "), or -100 to ignore it");
+  return flat;
+}
+
+inline float checked_temperature(float t) {
   using Float = std::numeric_limits<float>;
-  const float t = *numbers("temperature", temperature, 1);
   require(t >= Float::min() && t <= Float::max(), "temperature", "a positive normal fp32 number");
   return t;
+}
+inline float read_temperature(const Tensor& temperature) {
+  return checked_temperature(*numbers("temperature", temperature, 1));
 }
 
 }  // namespace fastrlhf

@@ -28,6 +28,9 @@ struct fp16 {
 
 }  // namespace fastrlhf
 
+#if defined(FASTRLHF_CAPABILITY_AVX512_BF16)  // all of AVX-512, and products of bf16 (kernels/product.h)
+#define FASTRLHF_CAPABILITY_AVX512
+#endif
 #if defined(FASTRLHF_CAPABILITY_AVX512)
 #include "simd_avx512.h"
 #elif defined(FASTRLHF_CAPABILITY_AVX2)

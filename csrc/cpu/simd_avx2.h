@@ -21,6 +21,7 @@ struct Mask {
 FASTRLHF_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+FASTRLHF_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 FASTRLHF_INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }

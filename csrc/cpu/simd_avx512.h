@@ -21,6 +21,7 @@ struct Mask {
 FASTRLHF_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+FASTRLHF_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FASTRLHF_INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 FASTRLHF_INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }

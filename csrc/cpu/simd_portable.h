@@ -38,6 +38,7 @@ FASTRLHF_INLINE float float_of(uint32_t bits) {
 FASTRLHF_INLINE Vec operator+(Vec a, Vec b) { FASTRLHF_LANES(Vec, a.lane[i] + b.lane[i]) }
 FASTRLHF_INLINE Vec operator-(Vec a, Vec b) { FASTRLHF_LANES(Vec, a.lane[i] - b.lane[i]) }
 FASTRLHF_INLINE Vec operator*(Vec a, Vec b) { FASTRLHF_LANES(Vec, a.lane[i] * b.lane[i]) }
+FASTRLHF_INLINE Vec operator/(Vec a, Vec b) { FASTRLHF_LANES(Vec, a.lane[i] / b.lane[i]) }
 FASTRLHF_INLINE Vec fma(Vec a, Vec b, Vec c) { FASTRLHF_LANES(Vec, a.lane[i] * b.lane[i] + c.lane[i]) }
 FASTRLHF_INLINE Vec larger(Vec a, Vec b) { FASTRLHF_LANES(Vec, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]) }
 FASTRLHF_INLINE Vec smaller(Vec a, Vec b) { FASTRLHF_LANES(Vec, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]) }

@@ -8,6 +8,13 @@
   namespace capability {                                                                  \
   void log_probs(const LogProbArgs&, int64_t begin, int64_t end);                         \
   void log_probs_backward(const LogProbGradArgs&, int64_t begin, int64_t end);            \
+  void lm_head_pack(const LmHeadArgs&, int64_t begin, int64_t end);                       \
+  void lm_head_logits(const LmHeadArgs&, int64_t begin, int64_t end);                     \
+  void lm_head_rows(const LmHeadArgs&, int64_t begin, int64_t end);                       \
+  void lm_head_gradient(const LmHeadArgs&, int64_t begin, int64_t end);                   \
+  void lm_head_hidden_gradient(const LmHeadArgs&, int64_t begin, int64_t end);            \
+  void lm_head_store_hidden(const LmHeadArgs&, int64_t begin, int64_t end);               \
+  void narrow(const NarrowArgs&, int64_t begin, int64_t end);                             \
   void full_kl(const FullKlArgs&, int64_t begin, int64_t end);                            \
   void full_kl_backward(const FullKlArgs&, int64_t begin, int64_t end);                   \
   void kl(const KlArgs&, int64_t begin, int64_t end);                                     \
