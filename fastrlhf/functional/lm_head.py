@@ -463,10 +463,9 @@ def _scalars(model: Tensor, stats: type) -> tuple[Tensor, Tensor]:
 
 
 def _grads(hidden, weight, bias, needs_hidden, needs_weight, needs_bias, weight_grad_in_fp32) -> tuple[Tensor, ...]:
-    empty = hidden.new_empty(0)
     dtype = torch.float32 if weight_grad_in_fp32 else weight.dtype
     return (
-        hidden.new_empty(hidden.shape) if needs_hidden else empty,
-        weight.new_empty(weight.shape, dtype=dtype) if needs_weight else weight.new_empty(0, dtype=dtype),
-        bias.new_empty(bias.shape) if needs_bias else empty,
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=dtype),
+        hidden.new_empty(bias.shape if needs_bias else 0),
     )
