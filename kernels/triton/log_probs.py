@@ -314,7 +314,8 @@ def token_log_probs(logits, tokens, temperature):
     temperature: a number, as a tensor in CPU memory.
     Returns log_probs [...], 0 where ignored, and normaliser [..., 2], m and log s with logsumexp(logits / temperature)
     = m / temperature + log s; both fp32. A GPU cannot raise for a token outside [0, V) without a host sync: it reads
-    nothing and gives NaN.
+    nothing and gives NaN. All else of such a row, the gradient too, is right for a token of another shard of the
+    vocabulary, whose log-prob nobody reads.
     """
     log_probs, _, normaliser = _forward(logits, tokens, temperature, entropy=False)
     return log_probs, normaliser
