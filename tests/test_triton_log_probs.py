@@ -229,6 +229,21 @@ def check_tokens_outside_the_vocabulary_read_nothing(run):
     assert run(logits, tokens).log_probs.isnan().all()
 
 
+def check_rows_whose_token_lies_in_another_shard_of_the_vocabulary(run):
+    """All but the log-prob is as ever; the gradient lacks the one-hot."""
+    logits, tokens, g, h = sample(run, 3, 4099)
+    elsewhere, rows = torch.full_like(tokens, -(2**63)), torch.arange(3, device=run.device)
+    for upstream in ((g, None), (g, h)):
+        ours, here = run(logits, elsewhere, 0.7, *upstream), run(logits, tokens, 0.7, *upstream)
+        assert ours.log_probs.isnan().all()
+        assert upstream[1] is None or torch.equal(ours.entropy, here.entropy)
+        expected = here.grad.double()
+        expected[rows, tokens] -= g.double() / 0.7
+        assert error(ours.grad[rows, tokens], expected[rows, tokens]) < 4e-7 * g.abs().max().item()
+        expected[rows, tokens] = ours.grad[rows, tokens].double()
+        assert torch.equal(ours.grad.double(), expected)
+
+
 def check_nan_and_infinity_are_not_hidden(run):
     logits, tokens, g, h = sample(run, 2, 5000)
     logits[0, 4321], logits[1, 17] = NAN, INF

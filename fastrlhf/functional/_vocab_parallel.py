@@ -53,8 +53,6 @@ def _check_group(group: torch.distributed.ProcessGroup) -> None:
         raise ValueError(f"group: got {type(group).__name__}, {wanted}")
     if not dist.is_initialized():
         raise ValueError(f"group: got one of a torch.distributed that is not initialized, {wanted}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"group: got one without this process, {wanted}")
 
 
 def _gather(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
