@@ -116,7 +116,8 @@ def load_family(name):
     """bench/audit/<name>.py, or None: what is launched of the kernel file of that name, and what is required of it.
 
     launches(ops, dtype) -> {op: [(function, args), ...]}: calls that differ in all that must not matter, the ordinary
-        one first. Where an option chooses between binaries, name one op for each, as in "op[option]".
+        one first. Where an option chooses between binaries, name one op for each, as in "op[option]". What they launch
+        of other files' kernels is those files' business.
     bytes_needed(dtype) -> {op: {kernel: [(read, written), ...]}}: of kernels with loops over the vocabulary. Those have
         to move 128 bits an access, and just these bytes for a column: one pair for each loop. A second read would show.
         The kernel is compiled with LANES and ROLL, and a turn of the loop takes LANES * ROLL columns.
@@ -208,13 +209,13 @@ def inspect(op, dtype, arch, launches, needed=None):
     return audit
 
 
-def audit_op(op, calls, dtype, arch, needed):
-    """Audits of the kernels that calls launch. needed: {kernel: bytes}."""
+def audit_op(op, calls, dtype, arch, kernels, needed):
+    """Audits of those of the kernels that calls launch. needed: {kernel: bytes}."""
     with compile_only(arch) as launches:
         for function, args in calls:
             function(*args)
     audits = []
-    for kernel in dict.fromkeys(launch.kernel for launch in launches):
+    for kernel in dict.fromkeys(launch.kernel for launch in launches if launch.kernel in kernels):
         of_kernel = [launch for launch in launches if launch.kernel == kernel]
         audits.append(inspect(op, dtype, arch, of_kernel, needed.get(kernel)))
         if any(max(launch.grid[1:], default=0) > LARGEST_GRID_YZ for launch in of_kernel):
@@ -250,7 +251,7 @@ def audit(archs=ARCHS, families=None, dtypes=DTYPES):
             for dtype in (x for x in getattr(family, "DTYPES", DTYPES) if x in dtypes):
                 needed = family.bytes_needed(dtype) if hasattr(family, "bytes_needed") else {}
                 for op, calls in family.launches(module, dtype).items():
-                    found += audit_op(op, calls, dtype, arch, needed.get(op, {}))
+                    found += audit_op(op, calls, dtype, arch, kernels, needed.get(op, {}))
         if set(dtypes) >= set(DTYPES) and archs and kernels - {a.kernel for a in found}:
             raise SystemExit(f"{path.name}: never launched: {sorted(kernels - {a.kernel for a in found})}")
         audits += found

@@ -45,6 +45,19 @@ def exp_with_residual(x):
 
 
 @triton.jit
+def tanh(x):
+    """tanh to about an ulp, near 0 too, where 1 - 2 / (e^2x + 1) would be all rounding."""
+    a = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * _LOG2_E)) + 1.0)
+    square = x * x
+    q = tl.fma(square, -5.9058974e-03, 2.0805411e-02)
+    q = tl.fma(square, q, -5.3786691e-02)
+    q = tl.fma(square, q, 1.3331959e-01)
+    q = tl.fma(square, q, -3.3333299e-01)
+    return tl.where(a < 0.6, tl.fma(x * square, q, x), tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
 def kl_estimate(log_ratio, estimator):
     """An estimate of KL(p || q) from one token sampled from p, log_ratio = log p - log q, and its slope by log p.
 

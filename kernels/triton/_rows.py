@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._math import tanh
+
 NUM_WARPS = 4
 UNROLL = 4
 STEPS = 4  # turns of the loop in a chunk: 32 KiB of a row
@@ -47,14 +49,28 @@ def _aligned_down(ptr, GRANULE: tl.constexpr):
 
 
 @triton.jit
-def _load_end(row, column, stop, GRANULE: tl.constexpr):
+def _finished(x, column, inside, bias, softcap):
+    """The logits of some columns from what a matrix product left there: plus bias [V], capped. Both may be None."""
+    if bias is not None:
+        if inside is None:
+            x += tl.load(bias + column).to(tl.float32)
+        else:
+            x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if softcap is not None:
+        x = softcap * tanh(x * tl.div_rn(1.0, softcap))
+    return x
+
+
+@triton.jit
+def _load_end(row, column, stop, GRANULE: tl.constexpr, bias=None, softcap=None):
     """Columns of row, -inf from stop on.
 
     Masking whole granules keeps the load wide. A granule that straddles the end lies inside one aligned 16-byte unit,
     so it cannot fault; what it holds beyond the end is thrown away.
     """
-    x = tl.load(row + column, mask=column // GRANULE * GRANULE < stop, other=0.0).to(tl.float32)
-    return tl.where(column < stop, x, float("-inf"))
+    inside = column // GRANULE * GRANULE < stop
+    x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(column < stop, _finished(x, column, inside, bias, softcap), float("-inf"))
 
 
 @triton.jit
@@ -103,9 +119,18 @@ def _accumulate(tile, m, s, u, scale, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _chunk_statistics(
-    row, chunk, V, scale, GRANULE: tl.constexpr, LANES: tl.constexpr, ROLL: tl.constexpr, ENTROPY: tl.constexpr
+    row,
+    chunk,
+    V,
+    scale,
+    GRANULE: tl.constexpr,
+    LANES: tl.constexpr,
+    ROLL: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    bias=None,
+    softcap=None,
 ):
-    """Lane-wise (m, s, u) of one chunk. Loads are GRANULE elements wide where row is known to be aligned."""
+    """Lane-wise (m, s, u) of one chunk. Loads are GRANULE elements wide where row and bias are known to be aligned."""
     lane = tl.arange(0, LANES)
     m = tl.full([LANES], _LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
@@ -116,12 +141,13 @@ def _chunk_statistics(
     for start in range(first, body, LANES * ROLL):
         tile = ()
         for i in tl.static_range(ROLL):
-            tile += (tl.load(row + (start + i * LANES + lane)).to(tl.float32),)
+            column = start + i * LANES + lane
+            tile += (_finished(tl.load(row + column).to(tl.float32), column, None, bias, softcap),)
         m, s, u = _accumulate(tile, m, s, u, scale, ENTROPY)
     if body < first + length:
         tile = ()
         for i in tl.static_range(ROLL):
-            tile += (_load_end(row, body + i * LANES + lane, V, GRANULE),)
+            tile += (_load_end(row, body + i * LANES + lane, V, GRANULE, bias, softcap),)
         m, s, u = _accumulate(tile, m, s, u, scale, ENTROPY)
     return m, s, u
 

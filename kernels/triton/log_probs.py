@@ -32,6 +32,7 @@ from ._rows import (
     LOG2_E,
     _aligned_down,
     _clamp,
+    _finished,
     _merge_parts,
     _row_statistics,
     _store_end,
@@ -53,9 +54,10 @@ _POINTERS = [
 
 
 @triton.jit
-def _load_token(row, token, V):
+def _load_token(row, token, V, bias=None, softcap=None):
     inside = (token >= 0) & (token < V)
-    return tl.load(row + token, mask=inside, other=float("nan")).to(tl.float32)
+    z = tl.load(row + token, mask=inside, other=float("nan")).to(tl.float32)
+    return _finished(z, token, inside, bias, softcap)
 
 
 @triton.jit
@@ -154,6 +156,15 @@ def _gradient(x, hit, g, h, peak, log_total, entropy, inv_t, ENTROPY: tl.constex
 
 
 @triton.jit
+def _uncapped(dz, z, softcap):
+    """The gradient past the cap that z went through, if there is one."""
+    if softcap is not None:
+        held = z * tl.div_rn(1.0, softcap)
+        dz *= tl.fma(-held, held, 1.0)
+    return dz
+
+
+@triton.jit
 def _row_gradient(
     row,
     out,
@@ -171,23 +182,34 @@ def _row_gradient(
     LANES: tl.constexpr,
     ROLL: tl.constexpr,
     ENTROPY: tl.constexpr,
+    bias=None,
+    softcap=None,
 ):
-    """Gradient of some columns; row and out may be the same memory: a tile is loaded before it is stored."""
+    """Gradient of some columns; row and out may be the same memory: a tile is loaded before it is stored.
+
+    With bias and softcap (see _finished), row holds what they have not been applied to, and the gradient is to that.
+    """
     lane = tl.arange(0, LANES)
     read = tl.zeros([LANES], tl.int32) + live.to(tl.int32) != 0  # the same in every lane, so loads stay wide
     body = first + (stop - first) // (LANES * ROLL) * (LANES * ROLL)
     for start in range(first, body, LANES * ROLL):
         tile = ()
         for i in tl.static_range(ROLL):
-            tile += (tl.load(row + (start + i * LANES + lane), mask=read, other=0.0).to(tl.float32),)
+            column = start + i * LANES + lane
+            x = tl.load(row + column, mask=read, other=0.0).to(tl.float32)
+            tile += (_finished(x, column, read, bias, softcap),)
         for i in tl.static_range(ROLL):
             column = start + i * LANES
             dz = _gradient(tile[i], lane == token - column, g, h, peak, log_total, entropy, inv_t, ENTROPY)
+            dz = _uncapped(dz, tile[i], softcap)
             tl.store(out + (column + lane), dz.to(out.dtype.element_ty))
     for start in range(body, stop, LANES):
         column = start + lane
-        x = tl.load(row + column, mask=read & (column // GRANULE * GRANULE < stop), other=0.0).to(tl.float32)
+        inside = read & (column // GRANULE * GRANULE < stop)
+        x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+        x = _finished(x, column, inside, bias, softcap)
         dz = _gradient(x, column == token, g, h, peak, log_total, entropy, inv_t, ENTROPY)
+        dz = _uncapped(dz, x, softcap)
         _store_end(out, column, dz.to(out.dtype.element_ty), stop, GRANULE)
 
 
