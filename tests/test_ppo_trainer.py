@@ -7,13 +7,23 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import save_tiny_model, tiny_tokenizer
+from recorder import Recorder
+from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from fastrlhf.rewards import RewardError
 from fastrlhf.rollout import Rollout
 from fastrlhf.trainers import PPOConfig, PPOTrainer
+from fastrlhf.trainers.ppo_targets import ppo_targets
 
 PROMPTS = Dataset.from_dict({"prompt": ["the good", "a bad film", "so", "Human: hi"] * 4, "weight": [1.0, 2.0] * 8})
 
@@ -83,6 +93,34 @@ class TestFirstStep:
         assert log["val/ratio"] == 1.0
         assert log["policy/approxkl_avg"] == 0.0
 
+    def test_the_models_own_logits(self, tmp_path):
+        self.check(first_log(trainer(tmp_path, lm_head="logits")))
+
+    def test_lora_on_the_head(self, tmp_path):
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+        self.check(first_log(trainer(tmp_path, peft_config=config)))
+
+    def test_a_trained_copy_of_the_head(self, tmp_path):
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+        self.check(first_log(trainer(tmp_path, peft_config=config)))
+
+    def test_a_capped_and_tied_head(self, tmp_path):
+        set_seed(0)
+        model = Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=300,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                final_logit_softcapping=3.0,
+                initializer_range=0.5,
+            )
+        )
+        self.check(first_log(trainer(tmp_path, model=model, processing_class=tiny_tokenizer())))
+
     def test_separate_value_model(self, tmp_path):
         value_model = save_tiny_model(tmp_path / "value", reward=True)
         self.check(first_log(trainer(tmp_path, value_model=value_model)))
@@ -93,6 +131,17 @@ class TestFirstStep:
     def test_pad_equal_to_eos(self, tmp_path):
         tokenizer = tiny_tokenizer(pad_is_eos=True)
         self.check(first_log(trainer(tmp_path, processing_class=tokenizer)))
+
+
+def test_both_ways_to_the_log_probs_train_alike(tmp_path):
+    weights = []
+    for lm_head in ("fused", "logits"):
+        ours = trainer(
+            tmp_path, lm_head=lm_head, entropy_coef=0.1, temperature=0.7, optim="sgd", learning_rate=0.1, warmup_steps=0
+        )
+        ours.train()
+        weights.append(torch.cat([p.detach().flatten() for p in ours.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_models_generation_config_does_not_leak_into_sampling(tmp_path):
@@ -117,14 +166,37 @@ def test_text_keeps_the_space_between_prompt_and_response():
     assert Rollout([[0, 1]], [[2, 3]], [False]).texts(tokenizer) == [" was good"]
 
 
-def test_only_response_tokens_reach_the_lm_head(tmp_path):
-    ours = trainer(tmp_path)
-    rows = list(ours.train_dataset)[:8]
-    rollout = ours.engine.generate([row["prompt_ids"] for row in rows], ours.sampling)
-    seen = []
-    ours.scorer.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    ours.score_rollout(ours.model, rollout, ours.micro_batches(rollout))
-    assert sum(seen) == sum(len(response) for response in rollout.responses)
+@pytest.mark.parametrize("lm_head", ["fused", "logits"])
+def test_an_iteration_never_holds_logits(tmp_path, lm_head):
+    """Nor prompts in any op over the vocabulary; `logits` shows that the measurement would see them."""
+    vocab_size, tokens = 5000, 8 * 6
+    set_seed(0)
+    ours = trainer(
+        tmp_path,
+        model=LlamaForCausalLM(tiny_config(vocab_size)),
+        processing_class=tiny_tokenizer(),
+        per_device_train_batch_size=8,
+        lm_head=lm_head,
+    )
+    called = []
+    ours.scorer.model.lm_head.register_forward_hook(lambda *call: called.append(call))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, vocab_size, (3 + i,), generator=generator).tolist() for i in range(8)]
+    responses = torch.randint(3, vocab_size, (8, 6), generator=generator).tolist()
+    rollout = Rollout(prompts, responses, [False] * 8)
+    batches = ours.micro_batches(rollout)
+    with Recorder() as recorder:
+        log_probs, _, values = ours.score_rollout(ours.model, rollout, batches)
+        ref_log_probs = ours.reference_log_probs(rollout, batches)
+        targets = ppo_targets(torch.randn(8), log_probs, ref_log_probs, values, rollout.mask, ours.args)
+        ours.update(ours.model, batches, targets)
+    if lm_head == "logits":
+        assert called
+        assert recorder.largest >= tokens * vocab_size
+        return
+    assert not called
+    assert recorder.rows == {"linear_token_log_probs": [tokens, tokens], "linear_ppo_loss": [tokens]}
+    assert 16 * vocab_size <= recorder.largest < tokens * vocab_size  # the weight's gradient, and no logits
 
 
 def test_log_probs_and_values_are_the_models_own(tmp_path):
@@ -420,6 +492,7 @@ class TestWhenThingsGoWrong:
             ({"num_mini_batches": 3}, "rollout_batch_size=8 must be a multiple of num_mini_batches=3"),
             ({"per_device_train_batch_size": 3}, "per_device_train_batch_size=3"),
             ({"kl_estimator": "k9"}, "kl_estimator='k9' must be one of k1, k2, k3, abs"),
+            ({"lm_head": "none"}, "lm_head='none' must be one of fused, logits"),
             ({"response_length": 0}, "response_length=0 must be greater than 0"),
         ],
     )

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
+from recorder import Recorder
 from tiny import save_tiny_model, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastrlhf.trainers import SFTConfig, SFTTrainer
-from fastrlhf.trainers.token_scorer import TokenScorer
 
 TEXTS = Dataset.from_dict({"text": ["the good film", "a bad film was bad , bad , bad", "hello", "Human: hi and so on"]})
 
@@ -17,12 +17,14 @@ def config(tmp_path, **options):
     return SFTConfig(str(tmp_path / "out"), report_to="none", disable_tqdm=True, **{**defaults, **options})
 
 
-def trainer(tmp_path, dataset=TEXTS, model=None, **options):
-    return SFTTrainer(model or save_tiny_model(tmp_path / "model"), config(tmp_path, **options), dataset)
+def trainer(tmp_path, dataset=TEXTS, model=None, processing_class=None, **options):
+    model = model or save_tiny_model(tmp_path / "model")
+    return SFTTrainer(model, config(tmp_path, **options), dataset, processing_class=processing_class)
 
 
-def test_loss_and_gradient_are_the_models_own(tmp_path):
-    ours = trainer(tmp_path)
+@pytest.mark.parametrize("lm_head", ["fused", "logits"])
+def test_loss_and_gradient_are_the_models_own(tmp_path, lm_head):
+    ours = trainer(tmp_path, lm_head=lm_head)
     batch = ours.data_collator(list(ours.train_dataset))
     loss = ours.compute_loss(ours.model, batch)
     loss.backward()
@@ -38,15 +40,28 @@ def test_loss_and_gradient_are_the_models_own(tmp_path):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_prompts_and_padding_never_reach_the_lm_head(tmp_path):
+def test_prompts_and_padding_never_reach_the_vocabulary(tmp_path):
     rows = {"prompt": ["the film was", "so"], "completion": [" good", " bad and bad and bad"]}
     ours = trainer(tmp_path, Dataset.from_dict(rows))
-    seen = []
-    ours.scorer.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    ours.compute_loss(ours.model, ours.data_collator(list(ours.train_dataset)))
+    called = []
+    ours.scorer.model.lm_head.register_forward_hook(lambda *call: called.append(call))
+    with Recorder() as recorder:
+        loss = ours.compute_loss(ours.model, ours.data_collator(list(ours.train_dataset)))
+        loss.backward()
     tokenizer = tiny_tokenizer(pad_is_eos=False)
     wanted = sum(len(tokenizer(text)["input_ids"]) + 1 for text in rows["completion"])
-    assert seen == [wanted]
+    assert recorder.rows == {"linear_cross_entropy": [wanted]}
+    assert not called
+
+
+def test_the_entropy_is_logged_and_the_evaluation_has_the_same_loss(tmp_path):
+    ours = trainer(tmp_path, learning_rate=0.0)
+    ours.train()
+    batch = ours.data_collator(list(ours.train_dataset))
+    log_probs, entropy = ours.scorer(batch["input_ids"], batch["positions"], batch["labels"])
+    assert ours.state.log_history[0]["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
+    metrics = ours.evaluate(ours.train_dataset)
+    assert metrics["eval_loss"] == pytest.approx(-log_probs.mean().item(), rel=1e-5)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
@@ -96,30 +111,17 @@ def test_bf16_weights_get_fp32_masters(tmp_path):
     assert len(ours.optimizer.optimizer.pairs) == len(list(model.parameters()))
 
 
-def test_gpt2_head_matches(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
-    scorer = TokenScorer(model)
-    tokens = torch.tensor([[5, 9, 7, 8]])
-    log_probs, entropy = scorer(tokens, torch.tensor([0, 1, 2]), tokens[0, 1:])
-    wanted = model(tokens).logits[0, :3].log_softmax(-1)
-    torch.testing.assert_close(log_probs, wanted.gather(1, tokens[0, 1:, None])[:, 0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy, -(wanted.exp() * wanted).sum(-1), rtol=1e-4, atol=1e-5)
+def test_a_head_that_is_not_known(tmp_path):
+    class Squared(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.square()
+            return output
 
-
-def test_a_softcapped_head_is_refused():
-    small = tiny_config()
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=300,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            final_logit_softcapping=30.0,
-            max_position_embeddings=small.max_position_embeddings,
-        )
-    )
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes its logits .*final_logit_softcapping"):
-        TokenScorer(model)
+    with pytest.raises(ValueError, match=r"Squared .*register_lm_head\(Squared, function\), or set lm_head='logits'"):
+        trainer(tmp_path, model=Squared(tiny_config()), processing_class=tiny_tokenizer())
+    ours = trainer(tmp_path, model=Squared(tiny_config()), processing_class=tiny_tokenizer(), lm_head="logits")
+    ours.train()
+    assert ours.state.log_history[0]["loss"] > 0
+    with pytest.raises(ValueError, match="lm_head='none' must be one of fused, logits"):
+        config(tmp_path, lm_head="none")

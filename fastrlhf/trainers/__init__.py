@@ -2,11 +2,13 @@
 
 from fastrlhf.trainers.checkpoints import last_checkpoint
 from fastrlhf.trainers.config import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.trainers.lm_heads import LMHead, linear_lm_head, register_lm_head
 from fastrlhf.trainers.ppo import PPOTrainer
 from fastrlhf.trainers.reward import RewardTrainer
 from fastrlhf.trainers.sft import SFTTrainer
 
 __all__ = [
+    "LMHead",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",
@@ -14,4 +16,6 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "last_checkpoint",
+    "linear_lm_head",
+    "register_lm_head",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrlhf.rewards.reward_model import score_in_fp32
-from fastrlhf.trainers.token_scorer import TokenScorer
+from fastrlhf.trainers.token_scorer import Loss, TokenScorer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_FOLDER = "value_model"
@@ -21,10 +22,11 @@ class ActorCritic(TokenScorer):
     policy: a causal language model of transformers, with or without LoRA adapters.
     value_model: a sequence classification model with one label on the same vocabulary; its score at every position
         is the value. None puts a linear head, zero at the start, on the policy's last hidden state.
+    lm_head: as for TokenScorer.
     """
 
-    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None, lm_head: str = "fused") -> None:
+        super().__init__(policy, lm_head)
         self.value_model = value_model
         if value_model is None:
             # fp32 whatever the trunk's dtype: its output is regressed on, not a softmax input.
@@ -41,11 +43,12 @@ class ActorCritic(TokenScorer):
             self.value_model.activation_checkpointing_enable(**options)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropies and values [n], fp32, of `tokens` [n]; the value is of the state before the token."""
-        hidden = self.hidden_states(input_ids, positions)
-        return *self.score(hidden, tokens, temperature), self._values(hidden, input_ids, positions)
+        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0, loss: Loss | None = None
+    ) -> tuple[Any, Any, Tensor]:
+        """Log-probs, entropies and values [n], fp32, of `tokens` [n]; the value is of the state before the token. With
+        `loss`, the pair that it returns, and the values."""
+        scores, hidden = self.score(input_ids, positions, tokens, temperature, loss)
+        return *scores, self._values(hidden, input_ids, positions)
 
     def _values(self, hidden: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
         if self.value_model is None:

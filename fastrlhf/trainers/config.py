@@ -14,6 +14,18 @@ def _positive(args: object, *names: str) -> None:
             raise ValueError(f"{name}={getattr(args, name)} must be greater than 0")
 
 
+def _one_of(args: object, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(args, name) not in choices:
+        raise ValueError(f"{name}={getattr(args, name)!r} must be one of {', '.join(choices)}")
+
+
+LM_HEADS = ("fused", "logits")
+LM_HEAD_HELP = (
+    "fused computes losses and log-probs from the last hidden states, with no logits in memory; logits has the model "
+    "compute its own logits at every position, for heads that fused does not know."
+)
+
+
 @dataclass
 class SFTConfig(TrainingArguments):
     """Supervised fine-tuning: maximum likelihood of the completion given the prompt."""
@@ -30,10 +42,12 @@ class SFTConfig(TrainingArguments):
         default=True,
         metadata={"help": "Train on the completion only; False trains on the prompt as well."},
     )
+    lm_head: Literal["fused", "logits"] = field(default="fused", metadata={"help": LM_HEAD_HELP})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "max_length")
+        _one_of(self, "lm_head", LM_HEADS)
 
 
 @dataclass
@@ -96,6 +110,7 @@ class PPOConfig(TrainingArguments):
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value's change."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    lm_head: Literal["fused", "logits"] = field(default="fused", metadata={"help": LM_HEAD_HELP})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,12 +137,9 @@ class PPOConfig(TrainingArguments):
                 f"rollout_batch_size={self.rollout_batch_size} must be a multiple of num_mini_batches="
                 f"{self.num_mini_batches} times per_device_train_batch_size={self.per_device_train_batch_size}"
             )
-        for name, choices in (
-            ("reward_normalization", ("none", "batch", "running")),
-            ("kl_estimator", ("k1", "k2", "k3", "abs")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        _one_of(self, "reward_normalization", ("none", "batch", "running"))
+        _one_of(self, "kl_estimator", ("k1", "k2", "k3", "abs"))
+        _one_of(self, "lm_head", LM_HEADS)
 
     @property
     def micro_batch_size(self) -> int:

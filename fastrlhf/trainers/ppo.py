@@ -102,7 +102,7 @@ class PPOTrainer(ScorerTrainer):
         policy = with_adapter(policy, peft_config)
         disable_dropout(policy)
         super().__init__(
-            model=ActorCritic(policy, value_model),
+            model=ActorCritic(policy, value_model, args.lm_head),
             args=args,
             data_collator=list,
             train_dataset=prompts,
@@ -116,7 +116,7 @@ class PPOTrainer(ScorerTrainer):
         self.reward_normalizer = RunningNormalizer()
         self.ref_scorer = None
         if ref_model is not None:
-            self.ref_scorer = TokenScorer(ref_model.eval().requires_grad_(False)).to(args.device)
+            self.ref_scorer = TokenScorer(ref_model.eval().requires_grad_(False), args.lm_head).to(args.device)
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         """One PPO iteration on a batch of prompts. The Trainer makes the last optimiser step; returns the mean loss."""
@@ -152,34 +152,44 @@ class PPOTrainer(ScorerTrainer):
         losses, stats = [], []
         for batch in mini_batch:
             with self.accelerator.autocast():
-                log_probs, entropy, values = model(batch.input_ids, batch.positions, batch.tokens, args.temperature)
-                mask = torch.ones_like(log_probs)
-                policy_loss, policy_stats = F.ppo_loss(
-                    log_probs,
-                    batch.take(targets.log_probs),
-                    batch.take(targets.advantages),
-                    mask,
-                    clip_low=args.cliprange,
-                    clip_high=args.cliprange,
-                    advantage_stats=targets.advantage_stats,
-                    entropy=entropy,
-                    entropy_coef=args.entropy_coef,
-                    denominator=denominator,
-                )
-                value_loss, value_stats = F.value_loss(
-                    values,
-                    batch.take(targets.values),
-                    batch.take(targets.returns),
-                    mask,
-                    clip=args.cliprange_value,
-                    denominator=denominator,
-                )
+                policy_loss, policy_stats, value_loss, value_stats = self.losses(model, batch, targets, denominator)
                 loss = policy_loss + args.vf_coef * value_loss
             self.accelerator.backward(loss)
             losses.append(loss.detach())
             stats.append((batch.tokens.numel() / tokens, policy_stats, value_loss, value_stats))
         self.record(**update_metrics(stats))
         return torch.stack(losses).sum()
+
+    def losses(
+        self, model: nn.Module, batch: ScoredBatch, targets: Targets, denominator: Tensor
+    ) -> tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]:
+        """Policy loss and value loss of a micro-batch, as parts of sums over `denominator` tokens, with statistics."""
+        args, mask = self.args, torch.ones_like(batch.tokens)
+        policy_loss, policy_stats, values = model(
+            batch.input_ids,
+            batch.positions,
+            batch.tokens,
+            args.temperature,
+            loss=lambda tokens: tokens.ppo_loss(
+                batch.take(targets.log_probs),
+                batch.take(targets.advantages),
+                mask,
+                clip_low=args.cliprange,
+                clip_high=args.cliprange,
+                advantage_stats=targets.advantage_stats,
+                entropy_coef=args.entropy_coef,
+                denominator=denominator,
+            ),
+        )
+        value_loss, value_stats = F.value_loss(
+            values,
+            batch.take(targets.values),
+            batch.take(targets.returns),
+            mask,
+            clip=args.cliprange_value,
+            denominator=denominator,
+        )
+        return policy_loss, policy_stats, value_loss, value_stats
 
     def optimizer_step(self, model: nn.Module) -> None:
         """An optimiser step between mini-batches, clipped like the Trainer's own."""

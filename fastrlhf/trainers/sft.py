@@ -18,7 +18,7 @@ from fastrlhf.trainers.token_scorer import TokenScorer
 
 
 class SFTTrainer(ScorerTrainer):
-    """Maximum likelihood of texts or completions; only the trained tokens go through the LM head.
+    """Maximum likelihood of texts or completions; the vocabulary is computed for the trained tokens only.
 
     model: a causal language model, or its hub id or folder (loaded with `model_init_kwargs`).
     args: SFTConfig.
@@ -50,7 +50,7 @@ class SFTTrainer(ScorerTrainer):
             return prepare_sft(dataset, tokenizer, args.max_length, args.completion_only_loss)
 
         super().__init__(
-            model=TokenScorer(with_adapter(model, peft_config)),
+            model=TokenScorer(with_adapter(model, peft_config), args.lm_head),
             args=args,
             data_collator=SFTCollator(tokenizer.pad_token_id),
             train_dataset=prepared(train_dataset),
@@ -69,16 +69,18 @@ class SFTTrainer(ScorerTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        log_probs, entropy = model(inputs["input_ids"], inputs["positions"], inputs["labels"])
+        # Data parallelism averages gradients over the ranks, but the count is already that of all of them.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        denominator = None if num_items_in_batch is None else num_items_in_batch / ranks
+        loss, stats = model(
+            inputs["input_ids"],
+            inputs["positions"],
+            inputs["labels"],
+            loss=lambda labels: labels.cross_entropy(denominator),
+        )
         if model.training:
-            self.record(entropy=entropy.mean())
-        if num_items_in_batch is None:
-            loss = -log_probs.mean()
-        else:
-            # Data parallelism averages gradients over the ranks, but the count is already that of all of them.
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = -log_probs.sum() * ranks / num_items_in_batch
-        return (loss, {"log_probs": log_probs}) if return_outputs else loss
+            self.record(entropy=stats.entropy)
+        return (loss, {"entropy": stats.entropy}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():

@@ -1,15 +1,20 @@
-"""A causal language model that gives the log-probs of given tokens, and nothing else of the vocabulary."""
+"""A causal language model that gives the log-probs of given tokens, or a loss of them, and nothing else of the
+vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from fastrlhf import functional as F
+from fastrlhf.trainers.lm_heads import lm_head, registered_lm_head, unsupported
+from fastrlhf.trainers.scored_tokens import FromHidden, FromLogits, ScoredTokens
 
-# Names in a configuration that stand for a change of the logits after the head, unless they are None or 1.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+Loss = Callable[[ScoredTokens], Any]
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -17,17 +22,33 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def inside(module: nn.Module | None, function: Callable, *args: Any) -> Any:
+    """function(*args) as if it were the forward of `module`: one that fully_shard has sharded gathers its weights
+    before, and its gradients are reduced over the ranks."""
+    if not isinstance(module, FSDPModule):
+        return function(*args)
+    module.forward = function
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+
+
 class TokenScorer(nn.Module):
-    """Log-probs of chosen tokens: the LM head sees the positions that predict them, never prompts or padding.
+    """Log-probs of chosen tokens, and losses of them, from the last hidden states of the positions that predict them.
 
     model: a causal language model of transformers, with or without LoRA adapters of peft.
-    Raises ValueError for a model whose logits are not LM head times last hidden state.
+    lm_head: "fused" never calls the model's LM head: the ops take its weight and keep no logits (`lm_heads`). "logits"
+        has the model compute all its logits, and takes those at the positions.
+    Raises ValueError for a model whose logits are not what "fused" would compute.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lm_head: str = "fused") -> None:
         super().__init__()
         self.model = model
-        self._check_head()
+        self.fused = lm_head == "fused"
+        if self.fused:
+            self._check_head()
 
     @property
     def config(self):
@@ -50,52 +71,85 @@ class TokenScorer(nn.Module):
     def activation_checkpointing_enable(self, **options) -> None:
         self.model.activation_checkpointing_enable(**options)
 
-    def hidden_states(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Last hidden states [n, H] at `positions` [n], indices into the flattened `input_ids` [b, L].
-
-        Rows are padded on the right, so causal attention alone keeps the padding from the tokens: no mask is needed.
-        """
-        trunk = causal_lm(self.model).base_model
-        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, positions)
-
     def forward(
-        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [n] of `tokens` [n], each predicted at its place in `positions` [n]."""
-        return self.score(self.hidden_states(input_ids, positions), tokens, temperature)
+        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0, loss: Loss | None = None
+    ) -> Any:
+        """Log-probs and entropies [n] of `tokens` [n], or the `loss` of them.
 
-    def score(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [n] of `tokens` [n] from hidden states [n, H]."""
-        logits = causal_lm(self.model).get_output_embeddings()(hidden)
-        # The linear head keeps no logits for its backward, so their gradient may overwrite them.
-        return F.token_log_probs_and_entropy(logits, tokens, temperature=temperature, inplace_backward=True)
+        input_ids: [b, L], padded on the right. positions: [n], indices into the flattened input_ids: where each token
+            is predicted.
+        loss: called here, where sharded weights are whole, with the ScoredTokens; its result is returned. What else it
+            needs it brings along, out of reach of wrappers that cast a forward's arguments.
+        """
+        return self.score(input_ids, positions, tokens, temperature, loss)[0]
+
+    def score(
+        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float, loss: Loss | None
+    ) -> tuple[Any, Tensor]:
+        """What `forward` returns, and the last hidden states [n, H] at the positions."""
+        model = causal_lm(self.model)
+        loss = loss or (lambda scored: scored.log_probs_and_entropy())
+        # Rows are padded on the right, so causal attention alone keeps the padding from the tokens: no mask is needed.
+        inputs = {"input_ids": input_ids, "use_cache": False}
+
+        def at_positions(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).index_select(0, positions)
+
+        if not self.fused:
+            output = model(**inputs, output_hidden_states=True)
+            logits, hidden = (at_positions(x) for x in (output.logits, output.hidden_states[-1]))
+            return loss(FromLogits(logits, tokens, temperature)), hidden
+
+        def from_hidden() -> tuple[Any, Tensor]:
+            hidden = at_positions(model.base_model(**inputs).last_hidden_state)
+            return inside(model.get_output_embeddings(), at_head, hidden), hidden
+
+        def at_head(hidden: Tensor) -> Any:
+            return loss(FromHidden(lm_head(model, hidden), tokens, temperature))
+
+        if self.model is model:
+            return inside(model, from_hidden)
+        return inside(self.model, inside, model, from_hidden)
 
     def save_pretrained(self, output_dir: str) -> None:
         self.model.save_pretrained(output_dir)
 
     @torch.no_grad()
     def _check_head(self) -> None:
+        """The head's logits must be the model's own, and so must what becomes of large ones, in which a cap shows."""
         model = causal_lm(self.model)
-        head = model.get_output_embeddings()
-        name = type(model).__name__
-        if head is None:
-            raise ValueError(f"model: {name} has no LM head; a causal language model is wanted")
-        if head.weight.device.type == "meta":
+        if self.device.type == "meta":
             return
-        # Some architectures scale or cap their logits after the head (Gemma-2, Cohere, Granite); a cap shows in large
-        # logits only, so look at the configuration too.
-        config = model.config.get_text_config()
-        changes = [n for n in LOGIT_CHANGES if getattr(config, n, None) not in (None, 1, 1.0)]
+        if model.base_model is model:
+            raise unsupported(model, "its last hidden state cannot be had without its head")
         training = model.training
         model.eval()
-        tokens = torch.arange(2, device=head.weight.device)[None] % model.config.get_text_config().vocab_size
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        wanted = model(input_ids=tokens, use_cache=False).logits
+        tokens = torch.arange(2, device=self.device) % model.config.get_text_config().vocab_size
+        inputs = {"input_ids": tokens[None], "use_cache": False}
+
+        def logits(scored: FromHidden) -> tuple[Tensor, Tensor]:
+            ours = scored.head.logits()
+            return ours, scored.head.from_product(ramp_like(ours))
+
+        (ours, of_large), _ = self.score(tokens[None], torch.arange(2, device=self.device), tokens, 1.0, logits)
+        same = same_logits(ours, model(**inputs).logits[0])
+        if same and registered_lm_head(model) is None:  # one of these may give another product and no scale
+            hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: ramp_like(output))
+            same = same_logits(of_large, model(**inputs).logits[0])
+            hook.remove()
         model.train(training)
-        if changes or not torch.allclose(head(hidden), wanted, rtol=1e-3, atol=1e-3, equal_nan=True):
-            how = ", ".join(changes) or "a softcap or a scale"
-            raise ValueError(
-                f"model: {name} changes its logits after the LM head ({how}), and log-probs computed from the head "
-                "alone would be wrong. Such heads are not supported yet."
-            )
+        if not same:
+            raise unsupported(model, "it gives others than its head, scaled and capped as its configuration says")
+
+
+def ramp_like(logits: Tensor) -> Tensor:
+    """In every row, numbers from far below to far above any softcap."""
+    return torch.linspace(-1000, 1000, logits.shape[-1], device=logits.device).to(logits.dtype).expand_as(logits)
+
+
+def same_logits(ours: Tensor, wanted: Tensor) -> bool:
+    """Up to the roundings of the dtype that they come from, or of TF32."""
+    if ours.shape != wanted.shape:
+        return False
+    tolerance = max(1e-3, 4 * torch.finfo(ours.dtype).eps) * wanted.nan_to_num().abs().max().item()
+    return torch.allclose(ours.float(), wanted.float(), rtol=0, atol=tolerance, equal_nan=True)
