@@ -438,3 +438,21 @@ def test_the_fallbacks_statistics():
     (loss, fused), (same_loss, logits) = stats["fused"], stats["logits"]
     torch.testing.assert_close((loss, *fused), (same_loss, *logits))
     assert isinstance(logits, F.CrossEntropyStats)
+
+
+def test_one_graph_for_all_losses_to_come():
+    """A loss is a new function in every step, with new tensors in it: that must not compile anew."""
+    scorer = TokenScorer(llama())
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(scorer, backend=backend, fullgraph=True, dynamic=True)
+    for denominator in (20.0, 21.0, 22.0):
+        count, tensors = torch.tensor(denominator), constants()
+        loss, _ = compiled(*batch(), loss=lambda scored, n=count, x=tensors: scored.ppo_loss(*x, denominator=n))
+        wanted, _ = scorer(*batch(), loss=lambda scored, n=count, x=tensors: scored.ppo_loss(*x, denominator=n))
+        torch.testing.assert_close(loss, wanted)
+    assert len(graphs) == 1
