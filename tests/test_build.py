@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 OP_TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        *("log_probs", "log_probs_contract", "kl", "advantages", "gae_packed", "rollout_advantages"),
-        *("losses", "losses_contract", "masked", "preferences"),
+        *("log_probs", "log_probs_contract", "lm_head", "lm_head_contract", "kl", "advantages", "gae_packed"),
+        *("rollout_advantages", "losses", "losses_contract", "masked", "preferences"),
     )
 ]
 CHOSEN = fastrlhf.backend_table()["gae"]["cpu"]
@@ -32,10 +32,10 @@ def python(*arguments, **environment) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_build_of_the_kernels_passes_the_tests_of_the_ops(capability):
     """The build this processor chooses by itself is tested by the test files directly."""
-    if capability in CHOSEN:
+    if f"({capability})" in CHOSEN:
         pytest.skip("this is the build the other test files ran")
     probe = python("-c", "import torch, fastrlhf; fastrlhf.backend_table()", FASTRLHF_CPU_CAPABILITY=capability)
     if "the best this processor and this build can run" in probe.stderr:
@@ -92,7 +92,10 @@ def test_the_backend_table_names_every_op():
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("FASTRLHF_CPU_CAPABILITY", "FASTRLHF_CPU_CAPABILITY: got 'sse9', wanted one of 'avx512', 'avx2', 'portable'"),
+        (
+            "FASTRLHF_CPU_CAPABILITY",
+            "FASTRLHF_CPU_CAPABILITY: got 'sse9', wanted one of 'avx512_bf16', 'avx512', 'avx2', 'portable'",
+        ),
         ("FASTRLHF_BACKEND", "FASTRLHF_BACKEND: got 'sse9', wanted 'reference' or nothing"),
     ],
 )
