@@ -717,6 +717,17 @@ def test_nan_shows_in_the_statistics():
     assert grads[0][others].isfinite().all()
 
 
+def test_impossible_tokens_meet_the_clamp():
+    """A log-prob of -inf: no slope beyond the clamp, and nothing turns into nan."""
+    (hidden, weight, bias, *rest, mask), _ = random_ppo(4, 29, 16, 97, bias=True)
+    bias[rest[0][1, 3]] = -math.inf
+    mask[1, 3] = True
+    compare_loss(*PPO, hidden, weight, bias, *rest, mask, entropy_coef=0.1)
+    loss, _, grads = with_gradients(F.linear_ppo_loss, hidden, weight, bias, *rest, mask)
+    assert loss.isfinite()
+    assert not grads[0][1, 3].any()
+
+
 def random_dpo(lengths, h, v, dtype=torch.float32, *, bias=False):
     """hidden, weight, bias, tokens, cu_seqlens, and log-probs of whole responses under a reference."""
     hidden, weight, tokens, bias = random_head(sum(lengths), h, v, dtype, bias=bias)

@@ -97,6 +97,34 @@ def test_a_row_does_not_depend_on_its_batch_verl_7704(dtype):
         assert_same([x[index] for x in whole], rows(index))
 
 
+@native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_minibatch_has_the_ratio_one_at_step_zero(dtype):
+    """Old log-probs of the whole rollout, the loss of some of its sequences."""
+    (hidden, weight, bias, tokens, _, advantages, mask), _ = random_ppo(8, 43, 130, 1009, dtype, bias=True)
+    old = F.linear_token_log_probs(hidden, weight, tokens, bias=bias, softcap=9.0)
+    for rows in (slice(3, 5), slice(1, None, 3), [7, 0]):
+        call = (x[rows] for x in (tokens, old, advantages, mask))
+        _, stats = F.linear_ppo_loss(hidden[rows], weight, *call, bias=bias, softcap=9.0)
+        assert (stats.ratio_min, stats.ratio_max, stats.approx_kl) == (1.0, 1.0, 0.0)
+
+
+@native
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-sum", "seq-mean-token-mean"])
+def test_a_sequences_gradient_does_not_depend_on_its_batch(aggregation):
+    (*head, tokens, old, advantages, mask), tensors = random_ppo(5, 71, 63, 383, bias=True)
+    options = ALL_ON | {"aggregation": aggregation, "denominator": 1.0}
+
+    def gradient(rows):
+        call = (x[rows] for x in (tokens, old, advantages, mask))
+        some = {name: x[rows] for name, x in tensors.items()}
+        return with_gradients(F.linear_ppo_loss, head[0][rows], *head[1:], *call, **some, **options)[2][0]
+
+    batch = gradient(slice(0, 5))
+    for b in (0, 2, 4):
+        assert same_bits(batch[b : b + 1], gradient(slice(b, b + 1)))
+
+
 def test_memory_that_was_never_written_is_not_read():
     """Asked for deterministic algorithms, torch fills what it allocates with nan."""
     expected = everything(torch.float32), everything(torch.bfloat16)
