@@ -76,7 +76,7 @@ def merge(results: tuple[Tensor, ...], part: Shard, numbers: Tensor) -> tuple[Te
     if entropy:
         shares = (relative - total).exp()
         surprise = torch.where(shares == 0, 0.0, entropy[0] + total - relative)
-        merged.append((shares * surprise).sum(0).clamp(min=0.0))
+        merged.append((shares * surprise).sum(0))
     merged = [torch.where(part.tokens == IGNORED, 0.0, x).float() for x in merged]
     return *merged, torch.stack([top, total], -1).float()
 
