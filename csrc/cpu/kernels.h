@@ -49,7 +49,8 @@ struct LogProbGradArgs {
 
 // The LM head. Logits lie as [vocabulary][tokens of a chunk]; see kernels/lm_head.cpp. Blocks of fixed length, which the
 // order of summation hangs on:
-constexpr int64_t kLmTokens = 64;        // of tokens, in the weight's gradient; `padded` is a multiple of it
+constexpr int64_t kLmTokens = 128;       // of tokens, in the gradients of weight and bias; chunks begin at multiples of it
+constexpr int64_t kLmPadding = 64;       // `padded` is a multiple of it
 constexpr int64_t kLmVocabulary = 384;   // of the vocabulary, in the gradient of the hidden states
 constexpr int64_t kLmSegment = 768;      // of the vocabulary, in the statistics
 constexpr int64_t kLmTile = 96;          // the most rows of the vocabulary that are in the works at a time
@@ -84,6 +85,7 @@ struct LmHeadArgs {
   bool first_chunk;  // overwrite the sums over tokens
   int64_t first, count, splits;
   float* grad_weight;      // [V, H]; null: not wanted, as are the others
+  void* grad_weight_rounded;  // in its place, in the dtype, where one chunk is all
   float* grad_bias;        // [V]
   float* grad_hidden;      // [H][stride]
   void* grad_hidden_rows;  // where it goes in the end
@@ -242,7 +244,7 @@ struct ValueArgs {
 struct Kernels {
   void (*log_probs)(const LogProbArgs&, int64_t begin, int64_t end);
   void (*log_probs_backward)(const LogProbGradArgs&, int64_t begin, int64_t end);
-  void (*lm_head_pack)(const LmHeadArgs&, int64_t begin, int64_t end);             // blocks of kLmTokens
+  void (*lm_head_pack)(const LmHeadArgs&, int64_t begin, int64_t end);             // blocks of kLmPadding
   void (*lm_head_logits)(const LmHeadArgs&, int64_t begin, int64_t end);           // segments
   void (*lm_head_rows)(const LmHeadArgs&, int64_t begin, int64_t end);             // tokens
   void (*lm_head_gradient)(const LmHeadArgs&, int64_t begin, int64_t end);         // tiles

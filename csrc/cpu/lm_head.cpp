@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kMostTokens = 1024;  // of a chunk: from there on, reading the weight again costs nothing to speak of
 constexpr int64_t kStretch = 4 * kLmVocabulary;      // rows whose logits are recomputed at a time
-constexpr int64_t kKeptStretch = 8 * kLmVocabulary;  // rows of kept logits between two barriers: they stay in L3
+constexpr int64_t kKeptStretch = 16 * kLmVocabulary;  // rows of kept logits between two barriers: they stay in L3
 constexpr int64_t kTileBytes = 384 << 10;            // of a tile of the weight: L2 holds it, and a panel of hidden states
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -30,10 +30,9 @@ int64_t tile_rows(int64_t size) {
   return rows;
 }
 
-// Where the hidden states are read and the gradients go.
 struct Gradients {
-  Tensor hidden, weight, bias;              // as the op returns them
-  Tensor weight_sums, bias_sums;            // fp32; the same as weight and bias where those are fp32
+  Tensor hidden, weight, bias;    // as the op returns them
+  Tensor weight_sums, bias_sums;  // fp32; the same as weight and bias where those are fp32
   bool needs_hidden, needs_weight, needs_bias;
 };
 
@@ -99,15 +98,15 @@ class LmHead {
     return x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) ? x : torch::stable::contiguous(x);
   }
   int64_t segments() const { return ceil_div(args_.vocabulary, kLmSegment); }
-  // Balanced, and a multiple of kLmTokens.
+  // Balanced, and a multiple of kLmTokens unless one chunk is all.
   static int64_t chunk_length(int64_t tokens, int64_t chunk_bytes, int64_t numbers_a_token) {
     const int64_t fit = chunk_bytes / (numbers_a_token * static_cast<int64_t>(sizeof(float)));
     const int64_t most = std::min(std::max(fit / kLmTokens * kLmTokens, kLmTokens), kMostTokens);
-    return round_up(ceil_div(tokens, ceil_div(tokens, most)), kLmTokens);
+    return std::min(round_up(ceil_div(tokens, ceil_div(tokens, most)), kLmTokens), round_up(tokens, kLmPadding));
   }
   void place(Chunk& chunk, const std::vector<int64_t>& counts, int64_t first, int64_t n, bool by_hidden);
   void set_slopes(Chunk& chunk, int64_t n, const float* grad_log_probs, const float* grad_entropy);
-  void add_gradients(Chunk& chunk, Gradients& gradients, bool recompute);
+  void add_gradients(Chunk& chunk, Gradients& gradients, bool recompute, bool last_chunk);
 
   Tensor hidden_, weight_, tokens_;
   OptionalTensor bias_;
@@ -130,7 +129,7 @@ Gradients LmHead::new_gradients(bool needs_hidden, bool needs_weight, bool needs
                  needs_hidden,
                  needs_weight,
                  needs_bias && bias_.has_value()};
-  g.weight_sums = fp32 || weight_grad_in_fp32 || !needs_weight ? g.weight : new_floats({v, h});
+  g.weight_sums = g.weight;  // until there is more than one chunk to sum up; see add_gradients
   g.bias_sums = fp32 || !g.needs_bias ? g.bias : new_floats({v});
   return g;
 }
@@ -179,16 +178,16 @@ void LmHead::place(Chunk& chunk, const std::vector<int64_t>& counts, int64_t fir
   args_.targets = chunk.targets.data();
   args_.tokens = n;
   args_.first_chunk = first == 0;
-  const int64_t padded = round_up(n, kLmTokens);
+  const int64_t padded = round_up(n, kLmPadding);
   if (padded != args_.padded) {  // of the first chunk, and perhaps of the last
     args_.padded = padded;
     args_.stride = padded + 16;  // not a power of two; see weight_stride in kernels/lm_head.cpp
     chunk.by_token = new_floats({padded, args_.size});
-    chunk.by_hidden = by_hidden ? new_floats({padded, round_up(args_.size, kLmTokens)}) : new_floats({0});
+    chunk.by_hidden = by_hidden ? new_floats({padded, round_up(args_.size, kLmPadding)}) : new_floats({0});
     args_.by_token = chunk.by_token.mutable_data_ptr();
     args_.by_hidden = by_hidden ? chunk.by_hidden.mutable_data_ptr() : nullptr;
   }
-  run(kernels().lm_head_pack, args_, padded / kLmTokens, 1);
+  run(kernels().lm_head_pack, args_, padded / kLmPadding, 1);
 }
 
 void LmHead::set_slopes(Chunk& chunk, int64_t n, const float* grad_log_probs, const float* grad_entropy) {
@@ -208,15 +207,20 @@ void LmHead::set_slopes(Chunk& chunk, int64_t n, const float* grad_log_probs, co
   args_.with_entropy = grad_entropy != nullptr;
 }
 
-void LmHead::add_gradients(Chunk& chunk, Gradients& g, bool recompute) {
+void LmHead::add_gradients(Chunk& chunk, Gradients& g, bool recompute, bool last_chunk) {
   const int64_t stretch = recompute ? kStretch : kKeptStretch;
-  const int64_t blocks = ceil_div(args_.size, kLmHiddenBlock), panels = args_.padded / kLmTokens;
+  const int64_t blocks = ceil_div(args_.size, kLmHiddenBlock), parts = args_.padded / kLmPadding;
   args_.recompute = recompute;
-  args_.grad_weight = g.needs_weight ? write(g.weight_sums) : nullptr;
+  const bool whole = args_.first_chunk && last_chunk;
+  if (g.needs_weight && !whole && g.weight_sums.scalar_type() != ScalarType::Float)
+    g.weight_sums = new_floats({args_.vocabulary, args_.size});
+  const bool sums = g.weight_sums.scalar_type() == ScalarType::Float;
+  args_.grad_weight = g.needs_weight && sums ? write(g.weight_sums) : nullptr;
+  args_.grad_weight_rounded = g.needs_weight && !sums ? g.weight.mutable_data_ptr() : nullptr;
   args_.grad_bias = g.needs_bias ? write(g.bias_sums) : nullptr;
   // Enough tasks to be shared evenly: some for each thread.
-  const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  args_.splits = std::min(panels, std::max<int64_t>(1, ceil_div(wanted, blocks)));
+  const int64_t wanted = 3 * static_cast<int64_t>(torch::stable::get_num_threads());
+  args_.splits = std::min(parts, std::max<int64_t>(1, ceil_div(wanted, blocks)));
   if (g.needs_hidden) {
     if (chunk.grad_hidden.numel() != args_.size * args_.stride) chunk.grad_hidden = new_floats({args_.size, args_.stride});
     args_.grad_hidden = write(chunk.grad_hidden);
@@ -275,7 +279,7 @@ void LmHead::forward(const std::vector<int64_t>& counts, int64_t chunk_bytes, fl
     if (!backward_too) continue;
     after(first, n, grad_log_probs.data(), grad_entropy.data());
     set_slopes(chunk, n, grad_log_probs.data(), entropy_slopes ? grad_entropy.data() : nullptr);
-    add_gradients(chunk, *gradients, false);
+    add_gradients(chunk, *gradients, false, first + n == tokens);
   }
 }
 
@@ -308,7 +312,7 @@ void LmHead::backward(const std::vector<int64_t>& counts, int64_t chunk_bytes, c
       entropy_slopes[i] = grad_entropy == nullptr ? 0.0f : grad_entropy[row];
     }
     set_slopes(chunk, n, slopes.data(), grad_entropy == nullptr ? nullptr : entropy_slopes.data());
-    add_gradients(chunk, g, true);
+    add_gradients(chunk, g, true, first + n == tokens);
   }
 }
 

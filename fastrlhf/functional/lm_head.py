@@ -20,9 +20,11 @@ weight: [V, H], of the same dtype. Its gradient is summed in fp32 over all token
 tokens: [...], int64 in [0, V), or -100 for positions to ignore: result 0, gradient 0, hidden state not read.
 bias: [V], of the same dtype, or None.
 temperature: a positive normal fp32 number. softcap: the same, or None.
-chunk_bytes: what the logits may take. The op works on max(64, chunk_bytes / (b V)) tokens at a time, where b is 4 on
-    CPU and the bytes of an element elsewhere; None is 24 MiB on CPU, 1 GiB elsewhere. On CPU it changes no bit of the
-    result.
+chunk_bytes: what logits and packed hidden states may take; None is 28 MiB on CPU, 1 GiB elsewhere. A loss works on
+    max(128, chunk_bytes / (4 (V + 3 H))) tokens at a time on CPU, at most 1024, and on max(64, chunk_bytes / (b V))
+    elsewhere, b being the bytes of an element. Log-probs on CPU keep no logits for longer than a tile, and their
+    backward pass a stretch of 1536 rows of the vocabulary. On CPU it changes no bit of the result. A weight of 16 bits
+    needs an fp32 [V, H] beside its gradient as soon as there are two chunks, to sum them up in.
 group: a process group of torch.distributed over which the vocabulary is spread, in the order of its ranks: weight and
     bias are this rank's rows, V may differ from rank to rank, and tokens are in [0, sum of V). All ranks call with the
     same hidden states and tokens, get the same bits and must go on to the same loss. The gradient of hidden is summed
@@ -54,7 +56,7 @@ from fastrlhf.reference import check_ends
 
 ops = torch.ops.fastrlhf
 
-CHUNK_BYTES = {"cpu": 24 << 20}  # what of the logits stays in memory; with it, a few MiB of packed hidden states
+CHUNK_BYTES = {"cpu": 28 << 20}  # what of the logits stays in memory; with it, a few MiB of packed hidden states
 CHUNK_BYTES_ELSEWHERE = 1 << 30  # fewer tokens would read and write the weight's gradient too often
 
 

@@ -29,7 +29,7 @@ constexpr int64_t kVocabulary = kLmVocabulary;
 constexpr int64_t kHiddenBlock = kLmHiddenBlock;
 constexpr float kLowest = -3.4028235e38f;
 
-static_assert(kTokens % kPanel == 0, "a block of tokens is made of panels");
+static_assert(kTokens % kLmPadding == 0 && kLmPadding % kPanel == 0, "a block of tokens is made of panels");
 
 template <class E>
 class Buffer {
@@ -73,7 +73,10 @@ struct Convert<Pair, bf16> {
     if (n % 2) to[n / 2] = from[n - 1].bits;
   }
   static void rows(const bf16* a, const bf16* b, int64_t n, uint32_t* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = a[i].bits | (b == nullptr ? 0u : static_cast<uint32_t>(b[i].bits) << 16);
+    if (b == nullptr)
+      for (int64_t i = 0; i < n; ++i) to[i] = a[i].bits;
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = a[i].bits | static_cast<uint32_t>(b[i].bits) << 16;
   }
   static uint32_t element(const bf16* row, int64_t n, int64_t s) {
     return row[2 * s].bits | (2 * s + 1 < n ? static_cast<uint32_t>(row[2 * s + 1].bits) << 16 : 0u);
@@ -97,14 +100,14 @@ void pack(const LmHeadArgs& a, int64_t begin, int64_t end) {
   const int64_t depth = elements<P>(a.size), panels = (a.size + kPanel - 1) / kPanel;
   const int64_t token_elements = elements<P>(a.padded);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * kTokens;
-    for (int64_t n = start; n < start + kTokens; ++n) {
+    const int64_t start = block * kLmPadding;
+    for (int64_t n = start; n < start + kLmPadding; ++n) {
       E* to = static_cast<E*>(a.by_token) + n / kPanel * kPanel * depth + n % kPanel;
       const T* row = hidden_row<T>(a, n);
       for (int64_t s = 0; s < depth; ++s) to[s * kPanel] = row == nullptr ? E(0) : Convert<P, T>::element(row, a.size, s);
     }
     if (a.by_hidden == nullptr) continue;
-    for (int64_t n = start; n < start + kTokens; n += P::kDepth)
+    for (int64_t n = start; n < start + kLmPadding; n += P::kDepth)
       for (int64_t p = 0; p < panels; ++p) {
         E* to = static_cast<E*>(a.by_hidden) + (p * token_elements + n / P::kDepth) * kPanel;
         const int64_t columns = a.size - p * kPanel < kPanel ? a.size - p * kPanel : kPanel;
@@ -132,12 +135,20 @@ void load_weight(const LmHeadArgs& a, int64_t v, int64_t rows, typename P::Eleme
     Convert<P, T>::row(static_cast<const T*>(a.weight) + (v + r) * a.weight_stride, a.size, to + r * weight_stride<P>(a));
 }
 
-template <class P>
-void multiply_tile(const LmHeadArgs& a, const typename P::Element* weight, int64_t rows, int64_t panel, float* z,
-                   int64_t stride) {
+// Logits of a tile, whose weight is packed, for a panel of tokens; with the first panel, asks for the weight of the next.
+template <class P, class T>
+void multiply_tile(const LmHeadArgs& a, const typename P::Element* weight, int64_t v, int64_t rows, int64_t panel,
+                   float* z, int64_t stride) {
   const int64_t depth = elements<P>(a.size);
   const auto* tokens = static_cast<const typename P::Element*>(a.by_token) + panel * kPanel * depth;
-  multiply<P>({weight, weight_stride<P>(a), 1, tokens, kPanel, depth, z, stride, false}, rows);
+  Ahead ahead;
+  if (panel == 0 && v + 2 * rows <= a.vocabulary) {
+    ahead.at = reinterpret_cast<const char*>(static_cast<const T*>(a.weight) + (v + rows) * a.weight_stride);
+    ahead.step = kRows * P::kDepth * sizeof(T);
+    ahead.block = kRows * a.weight_stride * sizeof(T);
+    ahead.blocks = rows / kRows;
+  }
+  multiply<P>({weight, weight_stride<P>(a), 1, tokens, kPanel, depth, z, stride, false, ahead}, rows);
 }
 
 FASTRLHF_INLINE Vec tanh_of(Vec x) {
@@ -212,7 +223,7 @@ void logits(const LmHeadArgs& a, int64_t begin, int64_t end) {
         const bool kept = a.logits != nullptr;
         float* z = kept ? a.logits + v * a.stride + panel * kPanel : scratch.data();
         const int64_t stride = kept ? a.stride : kPanel;
-        multiply_tile<P>(a, weight.data(), rows, panel, z, stride);
+        multiply_tile<P, T>(a, weight.data(), v, rows, panel, z, stride);
         finish_logits<T>(a, v, rows, z, stride);
         for (int64_t n = panel * kPanel, i = 0; i < kPanel && n < a.tokens; ++n, ++i)
           if (a.targets[n] >= v && a.targets[n] < v + rows) a.target_logits[n] = z[(a.targets[n] - v) * stride + i];
@@ -389,8 +400,9 @@ void logits_gradient(const Tile<P>& tile, const LmHeadArgs& a, int64_t v, Hit* h
   float* sums = a.grad_bias == nullptr ? nullptr : lanes.data();
   int64_t hit = 0;
   for (int64_t block = 0; block < a.padded; block += kTokens) {
+    const int64_t stop = smaller_of(block + kTokens, a.padded);
     if (sums != nullptr) memset(sums, 0, (kLmTile + 1) * kWidth * sizeof(float));
-    for (int64_t n = block; n < block + kTokens; n += kWidth) {
+    for (int64_t n = block; n < stop; n += kWidth) {
       GradientRows<P>::template vector<kEntropy, kCapped>(tile, a, n, scales, sums);
       for (; hit < found && hits[hit].token < n + kWidth; ++hit) {
         GradientRows<P>::put(tile, a, hits[hit]);
@@ -405,19 +417,28 @@ void logits_gradient(const Tile<P>& tile, const LmHeadArgs& a, int64_t v, Hit* h
   }
 }
 
+template <class T>
+void round_to(T* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int count = static_cast<int>(smaller_of(kWidth, n - i));
+    store_first(to + i, load_first(from + i, count, 0.0f), count);
+  }
+}
+
 template <class P>
-void weight_gradient(const LmHeadArgs& a, const typename P::Element* dz, int64_t dz_row, int64_t v, int64_t rows) {
-  const int64_t token_elements = elements<P>(a.padded), steps = kTokens / P::kDepth;
+void weight_gradient(const LmHeadArgs& a, const typename P::Element* dz, int64_t dz_row, int64_t rows, float* sums) {
+  const int64_t token_elements = elements<P>(a.padded);
   float edge[kLmTile * kPanel];
   for (int64_t p = 0; p * kPanel < a.size; ++p) {
     const int64_t columns = smaller_of(kPanel, a.size - p * kPanel);
     const auto* tokens = static_cast<const typename P::Element*>(a.by_hidden) + p * token_elements * kPanel;
-    float* to = a.grad_weight + v * a.size + p * kPanel;
+    float* to = sums + p * kPanel;
     for (int64_t block = 0; block < a.padded; block += kTokens) {
-      const int64_t s = block / P::kDepth;
+      const int64_t s = block / P::kDepth, steps = smaller_of(kTokens, a.padded - block) / P::kDepth;
       const bool adds = !a.first_chunk || block > 0;
       if (columns == kPanel) {
-        multiply<P>({dz + s, dz_row, 1, tokens + s * kPanel, kPanel, steps, to, a.size, adds}, rows);
+        const float* next = block == 0 && p * kPanel + 2 * kPanel <= a.size ? to + kPanel : nullptr;
+        multiply<P>({dz + s, dz_row, 1, tokens + s * kPanel, kPanel, steps, to, a.size, adds, {}, next}, rows);
         continue;
       }
       multiply<P>({dz + s, dz_row, 1, tokens + s * kPanel, kPanel, steps, edge, kPanel, false}, rows);
@@ -435,6 +456,7 @@ void gradient(const LmHeadArgs& a, int64_t begin, int64_t end) {
   const int64_t pairs = P::kDepth == 1 ? 0 : a.padded / P::kDepth + 16;
   Buffer<E> by_token((kLmTile + 1) * pairs);
   Buffer<Hit> hits(a.tokens);
+  Buffer<float> sums(a.grad_weight_rounded == nullptr ? 0 : a.tile * a.size);
   const auto logits_gradient_of = [&] {
     const bool capped = a.softcap < INFINITY;
     if (a.with_entropy) return capped ? logits_gradient<P, true, true> : logits_gradient<P, true, false>;
@@ -446,42 +468,53 @@ void gradient(const LmHeadArgs& a, int64_t begin, int64_t end) {
     if (a.recompute) {
       load_weight<P, T>(a, v, rows, weight.data());
       for (int64_t panel = 0; panel < a.padded / kPanel; ++panel) {
-        multiply_tile<P>(a, weight.data(), rows, panel, z + panel * kPanel, a.stride);
+        multiply_tile<P, T>(a, weight.data(), v, rows, panel, z + panel * kPanel, a.stride);
         finish_logits<T>(a, v, rows, z + panel * kPanel, a.stride);
       }
     }
     logits_gradient_of({z, rows, by_token.data(), pairs}, a, v, hits.data());
-    if (a.grad_weight == nullptr) continue;
     const bool single = P::kDepth == 1;
-    weight_gradient<P>(a, single ? reinterpret_cast<const E*>(z) : by_token.data(), single ? a.stride : pairs, v, rows);
+    const E* dz = single ? reinterpret_cast<const E*>(z) : by_token.data();
+    const int64_t dz_row = single ? a.stride : pairs;
+    if (a.grad_weight != nullptr) weight_gradient<P>(a, dz, dz_row, rows, a.grad_weight + v * a.size);
+    if (a.grad_weight_rounded == nullptr) continue;
+    weight_gradient<P>(a, dz, dz_row, rows, sums.data());
+    round_to(static_cast<T*>(a.grad_weight_rounded) + v * a.size, sums.data(), rows * a.size);
   }
 }
 
 // dx^T[h][n] += sum_v W[v][h] dz[v][n], over the `count` rows of the vocabulary from `first` on. Tasks: blocks of H times
-// `splits` of the tokens.
+// `splits` of the tokens. All tasks of a thread take the same rows at a time, so that their dz stays in L2.
 template <class P, class T>
 void hidden_gradient(const LmHeadArgs& a, int64_t begin, int64_t end) {
   using E = typename P::Element;
   Buffer<E> weight(kVocabulary / P::kDepth * kHiddenBlock);
   const int64_t all_panels = a.padded / kPanel;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t h = task / a.splits * kHiddenBlock, columns = smaller_of(kHiddenBlock, a.size - h);
-    const int64_t split = task % a.splits;
-    const int64_t first_panel = all_panels * split / a.splits, stop_panel = all_panels * (split + 1) / a.splits;
-    for (int64_t block = 0; block < a.count; block += kVocabulary) {
-      const int64_t rows = smaller_of(kVocabulary, a.count - block), steps = elements<P>(rows);
+  for (int64_t block = 0; block < a.count; block += kVocabulary) {
+    const int64_t rows = smaller_of(kVocabulary, a.count - block), steps = elements<P>(rows);
+    const T* from = static_cast<const T*>(a.weight) + (a.first + block) * a.weight_stride;
+    const auto* dz = reinterpret_cast<const E*>(a.logits + (a.first + block - a.origin) * a.stride);
+    const bool adds = a.first > 0 || block > 0, more = block + 2 * kVocabulary <= a.count;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t h = task / a.splits * kHiddenBlock, columns = smaller_of(kHiddenBlock, a.size - h);
       for (int64_t s = 0; s < steps; ++s) {
-        const int64_t v = a.first + block + s * P::kDepth;
-        const T* row = static_cast<const T*>(a.weight) + v * a.weight_stride + h;
-        Convert<P, T>::rows(row, v + 1 < a.first + a.count ? row + a.weight_stride : nullptr, columns,
-                            weight.data() + s * kHiddenBlock);
+        const T* row = from + s * P::kDepth * a.weight_stride + h;
+        const T* second = s * P::kDepth + 1 < rows ? row + a.weight_stride : nullptr;
+        Convert<P, T>::rows(row, second, columns, weight.data() + s * kHiddenBlock);
       }
-      const auto* dz = reinterpret_cast<const E*>(a.logits + (a.first + block - a.origin) * a.stride);
-      const bool adds = a.first > 0 || block > 0;
-      for (int64_t panel = first_panel; panel < stop_panel; ++panel)
+      const int64_t split = task % a.splits;
+      const int64_t first_panel = all_panels * split / a.splits, stop_panel = all_panels * (split + 1) / a.splits;
+      for (int64_t panel = first_panel; panel < stop_panel; ++panel) {
+        Ahead ahead;  // the same columns of the next rows; of pairs of rows, each panel asks for one
+        if (more && panel - first_panel < P::kDepth) {
+          const T* next = from + (kVocabulary + panel - first_panel) * a.weight_stride + h;
+          ahead = {reinterpret_cast<const char*>(next), P::kDepth * a.weight_stride * static_cast<int64_t>(sizeof(T)), 64,
+                   (columns * static_cast<int64_t>(sizeof(T)) + 63) / 64};
+        }
         multiply<P>({weight.data(), 1, kHiddenBlock, dz + panel * kPanel, P::kDepth * a.stride, steps,
-                     a.grad_hidden + h * a.stride + panel * kPanel, a.stride, adds},
+                     a.grad_hidden + h * a.stride + panel * kPanel, a.stride, adds, ahead},
                     columns);
+      }
     }
   }
 }
@@ -502,11 +535,7 @@ void store_hidden(const LmHeadArgs& a, int64_t begin, int64_t end) {
 
 template <class T>
 void narrow(const NarrowArgs& a, int64_t begin, int64_t end) {
-  const float* from = a.from;
-  T* to = static_cast<T*>(a.to);
-  for (int64_t i = begin; i < end; i += kWidth)
-    store_first(to + i, load_first(from + i, static_cast<int>(smaller_of(kWidth, end - i)), 0.0f),
-                static_cast<int>(smaller_of(kWidth, end - i)));
+  round_to(static_cast<T*>(a.to) + begin, a.from + begin, end - begin);
 }
 
 #if defined(FASTRLHF_CAPABILITY_AVX512_BF16)

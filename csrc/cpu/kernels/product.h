@@ -48,7 +48,15 @@ struct Pair {
 };
 #endif
 
-// Element (r, s) of A is a[r a_row + s a_step], row s of B begins at b[s b_step]. Adds to C, or overwrites it.
+// Memory that will be needed next, asked for while the processor multiplies: at each step, a line of `block`s of kRows.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t step = 0, block = 0;  // in bytes
+  int64_t blocks = 0;           // those after these ask for nothing
+};
+
+// Element (r, s) of A is a[r a_row + s a_step], row s of B begins at b[s b_step]. Adds to C, or overwrites it. `next`, if
+// not null, lies like C and is what comes after it.
 template <class P>
 struct Product {
   const typename P::Element* a;
@@ -58,6 +66,8 @@ struct Product {
   float* c;
   int64_t c_row;
   bool adds;
+  Ahead ahead = {};
+  const float* next = nullptr;
 };
 
 template <class P, int kCount>
@@ -68,7 +78,12 @@ void multiply_block(const Product<P>& x, int64_t row, int64_t first, int64_t ste
   const auto* a = x.a + row * x.a_row + first * x.a_step;
   const auto* b = x.b + first * x.b_step;
   const int64_t a_row = x.a_row, a_step = x.a_step, b_step = x.b_step;
-  for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
+  const bool asks = row / kRows < x.ahead.blocks;
+  const int64_t ahead_step = asks ? x.ahead.step : 0;
+  const char* ahead = reinterpret_cast<const char*>(a);  // there already
+  if (asks) ahead = x.ahead.at + row / kRows * x.ahead.block + first * x.ahead.step;
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step, ahead += ahead_step) {
+    __builtin_prefetch(ahead, 0, 2);
     typename P::Operand panel[kVectors];
     for (int j = 0; j < kVectors; ++j) panel[j] = P::load_operand(b + j * kWidth);
     for (int r = 0; r < kCount; ++r) {
@@ -76,6 +91,9 @@ void multiply_block(const Product<P>& x, int64_t row, int64_t first, int64_t ste
       for (int j = 0; j < kVectors; ++j) sums[r][j] = P::add(one, panel[j], sums[r][j]);
     }
   }
+  if (x.next != nullptr)
+    for (int r = 0; r < kCount; ++r)
+      for (int j = 0; j < kPanel; j += 16) __builtin_prefetch(x.next + (row + r) * x.c_row + j, 1, 2);
   for (int r = 0; r < kCount; ++r)
     for (int j = 0; j < kVectors; ++j) {
       float* to = x.c + (row + r) * x.c_row + j * kWidth;
