@@ -26,11 +26,11 @@ QUICK_PPO = {**QUICK, "rollout_batch_size": 4, "per_device_train_batch_size": 4,
 
 
 def test_each_piece_has_its_block():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     assert all(len(block.split("\n")) - block.count("\n\n") - 1 <= 5 for block in BLOCKS)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["ops", "sft", "reward", "ppo"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["ops", "linear_ops", "sft", "reward", "ppo"])
 def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.chdir(tmp_path)
