@@ -293,6 +293,14 @@ def check_head(run):
         assert_gradients(ours[1], peers, run.part(exact[1], shards), slack, run.world)
 
 
+def check_sums_of_16_bit_gradients_are_made_in_fp32(run):
+    """In bf16, 256 + 1 + 1 is 256."""
+    x = torch.ones(run.world, dtype=torch.bfloat16)
+    x[run.rank] = 256
+    expected = torch.full((run.world,), 255.0 + run.world).bfloat16()
+    assert torch.equal(_vocab_parallel.summed(x, run.group), expected)
+
+
 def check_one_of_the_results_alone(run):
     head, tokens, grads = sample_head(run.uneven)
     options = {"tokens": tokens, "group": run.group}
