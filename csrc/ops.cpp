@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
 
   // The same from hidden [N, H] and the LM head, for tokens [N]. Logits are x W^T + bias, capped to softcap tanh(z /
   // softcap), and exist some rows or tiles at a time, of about chunk_bytes. numbers: [2], temperature, softcap. A token of
-  // -101 counts, but is none of this weight's: log_probs is then not to be used (a vocabulary that is spread over devices).
+  // INT64_MIN counts, but is none of this weight's (a vocabulary that is spread over devices): its log-prob is nan.
   m.def(
       "linear_token_log_probs(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor numbers,"
       " int chunk_bytes) -> (Tensor log_probs, Tensor entropy, Tensor normaliser)");
