@@ -14,6 +14,8 @@ from fastrlhf.bench.settings import Setting, generator, sizes
 # Written down before measuring. Microseconds are for the call and its backward pass together.
 WITHOUT_AUTOGRAD = {"eager": 10}
 WITH_AUTOGRAD = {"eager": 10, "us": 25}
+# Matrix products take as long with everybody.
+LM_HEAD = {"linear_token_log_probs": {"eager": 2, "us": 50}, "linear_ppo_loss": {"eager": 3, "us": 50}}
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -25,9 +27,13 @@ def rows(setting: Setting) -> Iterator[Row]:
     per_row = [torch.randn(shape[0], **on_device) for _ in range(4)]
     cu_seqlens = torch.arange(0, x.numel() + 1, shape[1], device=setting.device)
 
+    head = (torch.randn(1, shape[0], shape[0], **on_device), x.T.contiguous(), tokens[None])
+
     inputs = {
         "token_log_probs": (x, tokens),
         "token_log_probs_and_entropy": (x, tokens),
+        "linear_token_log_probs": head,
+        "linear_ppo_loss": (*head, per_row[0][None], per_row[1][None], mask[:, 0][None]),
         "full_kl": (x, ref),
         "kl_divergence": (x, ref),
         "gae": (old, values, mask),
@@ -47,13 +53,15 @@ def rows(setting: Setting) -> Iterator[Row]:
             sizes(*shape),
             "fp32",
             _without_long_compilations(setting, forward(op, arguments, calls)),
-            targets=WITHOUT_AUTOGRAD,
+            targets={"eager": LM_HEAD[op]["eager"]} if op in LM_HEAD else WITHOUT_AUTOGRAD,
             calls=calls,
         )
     # The first inputs that get a gradient, and the gradients that come in, where the result is no scalar.
     differentiable = {
         "token_log_probs": ([0], per_row[:1]),
         "token_log_probs_and_entropy": ([0], per_row[:2]),
+        "linear_token_log_probs": ([0, 1], [per_row[0][None]]),
+        "linear_ppo_loss": ([0, 1], []),
         "full_kl": ([0], per_row[:1]),
         "kl_divergence": ([0], [values]),
         "masked_mean": ([0], []),
@@ -70,7 +78,7 @@ def rows(setting: Setting) -> Iterator[Row]:
             sizes(*shape),
             "fp32",
             _without_long_compilations(setting, forward_backward(op, inputs[op], leaves, grads, calls)),
-            targets=WITH_AUTOGRAD,
+            targets=LM_HEAD.get(op, WITH_AUTOGRAD),
             calls=calls,
         )
 

@@ -14,6 +14,19 @@ def token_log_probs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor,
     return log_p.gather(-1, tokens[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def linear_token_log_probs(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    return token_log_probs(torch.nn.functional.linear(hidden, weight), tokens)
+
+
+def linear_token_log_probs_and_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return token_log_probs_and_entropy(torch.nn.functional.linear(hidden, weight), tokens)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor):
+    logits = torch.nn.functional.linear(hidden, weight).flatten(0, -2)
+    return torch.nn.functional.cross_entropy(logits.float(), tokens.flatten()), ()
+
+
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     ref_log_p = torch.log_softmax(ref_logits, -1, dtype=torch.float32)
@@ -81,6 +94,16 @@ def ppo_loss(log_probs, old_log_probs, advantages, mask, ref_log_probs, kl_coef)
         approx_kl = ((ratio - 1 - log_ratio) * counts).sum() / n
         mean_kl, mean_ratio = (kl * counts).sum() / n, (ratio * counts).sum() / n
     return loss, (clip_fraction, approx_kl, mean_kl, mean_ratio)
+
+
+def linear_ppo_loss(hidden, weight, tokens, old_log_probs, advantages, mask):
+    """Clipped policy loss, and the metrics that trainers log: the entropy too, without a gradient."""
+    log_p = torch.log_softmax(torch.nn.functional.linear(hidden, weight), -1, dtype=torch.float32)
+    log_probs = log_p.gather(-1, tokens[..., None])[..., 0]
+    loss, metrics = ppo_loss(log_probs, old_log_probs, advantages, mask, old_log_probs, 0.0)
+    with torch.no_grad():
+        entropy = masked_mean(-(log_p.exp() * log_p).sum(-1), mask)
+    return loss, (*metrics, entropy)
 
 
 def value_loss(values, old_values, returns, mask, clip):

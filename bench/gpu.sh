@@ -4,14 +4,14 @@
 #
 #   bench/gpu.sh [PART...]
 #
-# Without arguments every part runs: peers build tests log_probs losses advantages calls accuracy. Needs a Python with
-# a CUDA build of torch, a C++ compiler, pytest and rich; nothing is downloaded. PYTHON chooses the Python (python3).
-# Peers that Python can import take part. Others can come along as wheels in bench/wheels/ (not in
-# version control), fetched elsewhere, for Python 3.12 say, with
+# Without arguments every part runs: peers build tests log_probs lm_head losses advantages calls accuracy. Needs a
+# Python with a CUDA build of torch, a C++ compiler, pytest and rich; nothing is downloaded. PYTHON chooses the Python
+# (python3). Peers that it can import take part. Others can come along as wheels in bench/wheels/ (not in version
+# control), fetched elsewhere, for Python 3.12 say, with
 #
 #   cd bench/wheels && pip download --no-deps --python-version 3.12 --platform manylinux2014_x86_64 \
 #       --platform manylinux_2_28_x86_64 --platform manylinux1_x86_64 trl==1.12.0 verl==0.9.1 openrlhf==0.11.2 \
-#       liger-kernel==0.8.5 torchrl==0.14.1 tensordict==0.14.3 hoptorch pyvers cloudpickle
+#       liger-kernel==0.8.5 cut-cross-entropy==25.1.1 torchrl==0.14.1 tensordict==0.14.3 hoptorch pyvers cloudpickle
 #   pip download --no-deps trl==1.16.0
 #
 # TRL's Triton kernel is in 1.16 and its PPO in 1.12: the wheel of the later one is unpacked apart, as trl_latest.
@@ -93,12 +93,13 @@ export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFF
 
 check || exit 1
 compgen -G 'bench/wheels/*.whl' > /dev/null && part "peers" 60 bash -c unpack
-part "build" 300 bash -c build || exit 1
+part "build" 240 bash -c build || exit 1
 # Only the files that hold such tests: others import what a bare machine does not have.
 mapfile -t WITH_GPU_TESTS < <(grep -l 'pytest.mark.gpu' tests/test_*.py)
-part "tests" 300 "$PYTHON" -m pytest -m gpu -p no:cacheprovider "${WITH_GPU_TESTS[@]}"
-part "log_probs" 330 bash -c "bench log_probs"
-part "losses" 180 bash -c "bench losses"
+part "tests" 240 "$PYTHON" -m pytest -m gpu -p no:cacheprovider "${WITH_GPU_TESTS[@]}"
+part "log_probs" 270 bash -c "bench log_probs"
+part "lm_head" 270 bash -c "bench lm_head"
+part "losses" 150 bash -c "bench losses"
 part "advantages" 120 bash -c "bench advantages"
 part "calls" 90 bash -c "bench calls"
 part "accuracy" 60 bash -c "bench accuracy"

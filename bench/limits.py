@@ -1,4 +1,7 @@
-"""The physical limits, measured beside the contenders: what plain C++ loops need to move the bytes (limits.cpp)."""
+"""The physical limits, measured beside the contenders.
+
+What plain C++ loops need to move the bytes (limits.cpp), and for the LM head what its bare matrix products take.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastrlhf.bench.measure import Limit
 
 FLAGS = ["-O3", "-ffast-math", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
 
@@ -60,6 +65,31 @@ def streams(n: int, *, reads: int, writes: int, masks: int = 0) -> Callable[[], 
     arguments = [x for pair in arrays for x in pair]
     # `floats` and `bytes_` are named so that the buffers live as long as the function does.
     return lambda keep=(floats, bytes_): function(*arguments, ctypes.c_int64(n), threads)
+
+
+class Products:
+    """The matrix products of an LM head, as torch makes them, into memory that is there already."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        """hidden: [N, H]; weight: [V, H]."""
+        self.hidden, self.weight = hidden, weight
+        self.logits = hidden.new_zeros(hidden.shape[0], weight.shape[0])
+        self.grad_hidden, self.grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    def limit(self, *, logits: int = 1, grad_hidden: bool = False, grad_weight: bool = False) -> Limit:
+        """The logits, as often as it says, and the products of their gradient, which is taken to lie in their place."""
+        count = logits + grad_hidden + grad_weight
+        size = self.hidden.numel() * self.weight.shape[0]
+
+        def run() -> None:
+            for _ in range(logits):
+                torch.mm(self.hidden, self.weight.T, out=self.logits)
+            if grad_hidden:
+                torch.mm(self.logits, self.weight, out=self.grad_hidden)
+            if grad_weight:
+                torch.mm(self.logits.T, self.hidden, out=self.grad_weight)
+
+        return Limit(f"{count} bare matrix product{'s' * (count > 1)}", run=run, flops=2 * count * size)
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:

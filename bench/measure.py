@@ -17,6 +17,7 @@ LIMIT = "limit"
 LEAST, MOST = 3, 25  # repetitions
 BRIEF_MS = 50.0  # longer calls are not looked at in detail
 WARM_MS = 300.0  # calls shorter than this are made once, untimed, just before they are timed
+SLOW_MS = 1000.0  # of longer calls, the one that estimates counts
 
 
 def keep_memory() -> bool:
@@ -48,11 +49,12 @@ class Contender:
 
 @dataclass
 class Limit:
-    """The bytes that must move at least, and loops that move them; without loops the copy bandwidth is taken."""
+    """What must be done at least, and code that does no more; without it, the bytes at the copy bandwidth."""
 
     what: str
-    bytes: int
+    bytes: int = 0  # to move
     run: Callable[[], Any] | None = None
+    flops: int = 0  # instead of bytes, where arithmetic is the measure
 
 
 @dataclass
@@ -124,10 +126,11 @@ def interleave(
         except Exception as error:  # whatever a peer raises is a result
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
-        times[name] = []
+        times[name] = [estimate] if estimate > SLOW_MS else []
         warm[name] = estimate < WARM_MS
         count = int(1e3 * seconds / max(estimate * (1 + warm[name]), 1e-6))
-        rounds[name] = min(max(count, LEAST), MOST) // 2 * 2 + 1  # odd, so that the median is one of them
+        count = min(max(count, LEAST), MOST) // 2 * 2 + 1  # odd, so that the median is one of them
+        rounds[name] = count - len(times[name])
     for turn in range(max(rounds.values(), default=0)):
         for name in times if turn % 2 == 0 else reversed(times):
             if turn < rounds[name]:
@@ -170,7 +173,8 @@ def measure(row: Row, stopwatch: Stopwatch, seconds: float, bandwidth: float | N
     if limit:
         if limit_result is None and bandwidth:
             limit_result = {"median_ms": limit.bytes / bandwidth, "from": "copy bandwidth"}
-        record["limit"] = {"what": limit.what, "bytes": limit.bytes, **(limit_result or {})}
+        size = {"flops": limit.flops} if limit.flops else {"bytes": limit.bytes}
+        record["limit"] = {"what": limit.what, **size, **(limit_result or {})}
     order = [name for name in row.contenders if name in results]
     return record | {"results": {name: results[name] for name in order}}
 

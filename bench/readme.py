@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 
-FAMILIES = {"log_probs": "From logits", "advantages": "Advantages", "losses": "Losses"}
+FAMILIES = {
+    "log_probs": "From logits",
+    "lm_head": "From hidden states (the limit: the bare matrix products, into warm memory)",
+    "advantages": "Advantages",
+    "losses": "Losses",
+}
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
 NOTHING = "No results are committed yet."
 
@@ -117,7 +122,8 @@ def errors(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         found = [row["results"].get(name, {}) for name in names]
         cells = (" / ".join(f"{x[result]:.0e}" for result in accuracy.RESULTS if result in x) for x in found)
-        lines.append((f"{row['dtype']}, logits × {row['scale']}", *cells))
+        start = "hidden states, " if row.get("op") == accuracy.LINEAR else ""
+        lines.append((f"{start}{row['dtype']}, logits × {row['scale']}", *cells))
     return table(["", *names], lines)
 
 

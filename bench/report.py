@@ -32,7 +32,7 @@ def of_row(row: dict[str, Any]) -> Table:
             _number(records.ratio_to_limit(row, name)),
             _number(records.ratio_to_ours(row, name)),
             f"{result['extra_mib']:.1f}",
-            ", ".join([*filter(None, [result.get("note")]), *_on_gpu(row, result)]),
+            ", ".join([*filter(None, [result.get("note")]), *_rates(row, result)]),
         )
     return table
 
@@ -55,13 +55,14 @@ def of_targets(rows: list[dict[str, Any]]) -> Table:
 
 def of_accuracy(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Largest error against fp64")
-    for column in ("dtype", "logits ×", "", *accuracy.RESULTS):
+    for column in ("from", "dtype", "logits ×", "", *accuracy.RESULTS):
         table.add_column(column.replace("_", "-"))
     for row in rows:
         for name, errors in row["results"].items():
             cells = [f"{errors[result]:.1e}" if result in errors else "" for result in accuracy.RESULTS]
             if any(cells):
-                table.add_row(row["dtype"], str(row["scale"]), name, *cells)
+                start = "hidden states" if row["op"] == accuracy.LINEAR else "logits"
+                table.add_row(start, row["dtype"], str(row["scale"]), name, *cells)
     return table
 
 
@@ -81,11 +82,14 @@ def _number(x: float | None) -> str:
     return "" if x is None else f"{x:.3g}"
 
 
-def _on_gpu(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+def _rates(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     parts = []
     if "launches" in result:
         parts.append(f"{result['launches']} launches, {result['device_us']:.3g} µs on the device")
     limit = row.get("limit", {})
+    if "flops" in limit:
+        rate = limit["flops"] / result["median_ms"] / 1e6
+        parts.append(f"{rate:.3g} GFLOP/s" if rate < 1000 else f"{rate / 1000:.3g} TFLOP/s")
     if limit.get("from") == "copy bandwidth":
         rate = limit["bytes"] / result["median_ms"] / 1e6
         parts.append(f"{rate:.0f} GB/s, {limit['median_ms'] / result['median_ms']:.0%} of the copy bandwidth")

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastrlhf.bench import accuracy, advantages, calls, log_probs, losses, records, report
+from fastrlhf.bench import accuracy, advantages, calls, lm_head, log_probs, losses, records, report
 from fastrlhf.bench.contests import OURS
 from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
 from fastrlhf.bench.measure import Stopwatch, keep_memory, measure
 from fastrlhf.bench.peers import roll_call
 from fastrlhf.bench.settings import FULL, QUICK, Setting
 
-FAMILIES = {"log_probs": log_probs, "advantages": advantages, "losses": losses, "calls": calls}
+FAMILIES = {
+    "log_probs": log_probs,
+    "lm_head": lm_head,
+    "advantages": advantages,
+    "losses": losses,
+    "calls": calls,
+}
 ACCURACY = "accuracy"
 
 
@@ -87,7 +93,7 @@ def main(arguments: list[str]) -> None:
 
 
 _HELP = """Times the ops beside eager PyTorch, torch.compile, the peers that are installed (`make bench` installs them)
-and the physical limit, which plain C++ loops (on a GPU: a copy) measure in the same run. Outputs are allocated by each
-contender in the call; inputs are warm, and on Linux so is the memory of outputs, because the process is told to keep
-what it frees. THP_MEM_ALLOC_ENABLE=1 and FASTRLHF_CPU_CAPABILITY=avx2|portable in the environment are measured as they
-are set, and name the file."""
+and the physical limit, which plain C++ loops (on a GPU: a copy; for the LM head: its bare matrix products) measure in
+the same run. Outputs are allocated by each contender in the call; inputs are warm, and on Linux so is the memory of
+outputs, because the process is told to keep what it frees. THP_MEM_ALLOC_ENABLE=1 and
+FASTRLHF_CPU_CAPABILITY=avx2|portable in the environment are measured as they are set, and name the file."""

@@ -16,10 +16,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastrlhf.bench import accuracy, contests, limits, peers, readme, records, sources, suite
+from fastrlhf.bench import accuracy, contests, limits, lm_head, peers, readme, records, report, sources, suite
 from fastrlhf.bench.measure import LEAST, MOST, Contender, Limit, Row, Stopwatch, interleave, measure, memory
-from fastrlhf.bench.peers.base import Peer, Run
-from fastrlhf.bench.settings import TINY
+from fastrlhf.bench.peers.base import FROM_HIDDEN, Peer, Run
+from fastrlhf.bench.settings import FULL, TINY
 from fastrlhf.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +59,9 @@ class TestMeasure:
 
     def test_slow_contenders_get_fewer_repetitions_and_fast_ones_not_too_many(self):
         contenders = {"slow": clockwork("slow", [9000.0]), "fast": clockwork("fast", [0.01])}
-        times, _ = interleave(contenders, FakeStopwatch(), seconds=1.0)
-        assert len(times["slow"]) == LEAST
+        stopwatch = FakeStopwatch()
+        times, _ = interleave(contenders, stopwatch, seconds=1.0)
+        assert len(times["slow"]) == stopwatch.order.count("slow") == LEAST  # the call that estimates is one of them
         assert len(times["fast"]) == MOST
 
     def test_short_calls_are_made_once_untimed_before_each_timed_one(self):
@@ -98,6 +99,16 @@ class TestMeasure:
         record = measure(row, FakeStopwatch(), seconds=0.0, bandwidth=3000.0)
         assert record["limit"]["median_ms"] == 1.0
         assert records.ratio_to_limit(record) == 2.0
+
+    def test_a_limit_of_arithmetic_is_kept_as_flops(self):
+        contenders = {"ours": clockwork("ours", [4.0])}
+        row = Row("op", "work", "2", "fp32", contenders, Limit("products", run=lambda: ("limit", 2.0), flops=6 * 10**9))
+        record = measure(row, FakeStopwatch(), seconds=0.0, bandwidth=3000.0)
+        assert (record["limit"]["flops"], record["limit"]["median_ms"]) == (6 * 10**9, 2.0)
+        assert "bytes" not in record["limit"]
+        assert records.ratio_to_limit(record) == 2.0
+        assert report._rates(record, {"median_ms": 4.0}) == ["1.5 TFLOP/s"]
+        assert report._rates(record, {"median_ms": 40.0}) == ["150 GFLOP/s"]
 
     def test_a_contender_that_fails_is_named_and_the_others_go_on(self):
         def fails(_):
@@ -143,6 +154,25 @@ class TestLimits:
         best = {name: min(x) for name, x in times.items()}  # what others do on the machine only adds
         assert 0 < best["read"] < best["read, read, write"]
 
+    def test_the_products_are_those_of_the_lm_head_and_its_gradients(self):
+        hidden, weight = torch.randn(5, 4), torch.randn(7, 4)
+        products = limits.Products(hidden, weight)
+        places = [products.logits.data_ptr(), products.grad_hidden.data_ptr(), products.grad_weight.data_ptr()]
+        limit = products.limit(logits=2, grad_hidden=True, grad_weight=True)
+        assert (limit.what, limit.flops) == ("4 bare matrix products", 4 * 2 * 5 * 4 * 7)
+        limit.run()
+        torch.testing.assert_close(products.logits, hidden @ weight.T)
+        torch.testing.assert_close(products.grad_hidden, products.logits @ weight)
+        torch.testing.assert_close(products.grad_weight, products.logits.T @ hidden)
+        tensors = products.logits, products.grad_hidden, products.grad_weight
+        assert places == [x.data_ptr() for x in tensors]  # nothing new is allocated
+        for x in tensors:
+            x.zero_()
+        products.limit().run()
+        assert products.logits.any()
+        assert not products.grad_hidden.any()
+        assert not products.grad_weight.any()
+
     def test_without_a_compiler_it_says_so(self, monkeypatch):
         limits.library.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
@@ -156,7 +186,14 @@ def inputs(op):
     a, b, c, d = (torch.randn(3, 7, generator=random) for _ in range(4))
     logits, tokens = torch.randn(5, 33, generator=random), torch.randint(33, (5,), generator=random)
     mask = torch.ones(3, 7, dtype=torch.bool)
+    hidden, weight = torch.randn(3, 7, 8, generator=random), torch.randn(33, 8, generator=random)
+    head = (hidden, weight, torch.randint(33, (3, 7), generator=random))
+    old = peers.peer("eager").ops["linear_token_log_probs"].work(*head) + 0.3 * b
     return {
+        "linear_token_log_probs": head,
+        "linear_token_log_probs_and_entropy": head,
+        "linear_cross_entropy": head,
+        "linear_ppo_loss": (*head, old, c[:, :1].expand(3, 7), mask),  # one advantage a sequence
         "token_log_probs": (logits, tokens),
         "token_log_probs_and_entropy": (logits, tokens),
         "full_kl": (logits, 0.5 * logits.flip(0)),
@@ -180,6 +217,14 @@ def results(run, op):
     return [x for x in (found[:1] if op.endswith("_loss") else found[:2]) if isinstance(x, torch.Tensor)]
 
 
+def gradients(run, op, leaves):
+    """Of hidden and weight, or of hidden alone; of log-probs with weights of their own."""
+    wanted = [x.requires_grad_() for x in inputs(op)[:leaves]]
+    found = run.work(*run.convert(*wanted, *inputs(op)[leaves:]))
+    grads = [] if op in ("linear_ppo_loss", "linear_cross_entropy") else [torch.linspace(-1, 1, 21).view(3, 7)]
+    return contests.backward(found, wanted, grads)
+
+
 class TestPeers:
     def test_ours_is_compared_with_eager_everywhere(self):
         ours = {op.removesuffix(" in place") for op in peers.peer("ours").ops}
@@ -201,6 +246,18 @@ class TestPeers:
             ours = [peers.peer("ours").ops["ppo_loss"].work(*inputs(op)[:4], inputs(op)[0])[0]]
         for x, y in zip(ours, theirs, strict=True):
             torch.testing.assert_close(x, y.reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", HERE)
+    @pytest.mark.parametrize("op", FROM_HIDDEN)
+    @pytest.mark.parametrize("leaves", [2, 1], ids=["trained head", "frozen head"])
+    def test_peers_compute_our_gradients_of_the_lm_head(self, name, op, leaves):
+        run = peers.contenders(op).get(name, "")
+        if isinstance(run, str):
+            pytest.skip(f"{name}: {run}")
+        ours, theirs = gradients(peers.peer("ours").ops[op], op, leaves), gradients(run, op, leaves)
+        for x, y in zip(ours, theirs, strict=True):
+            assert x.abs().max() > 1e-2
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
     def test_who_is_missing_is_reported_by_name(self, monkeypatch):
         def absent():
@@ -294,7 +351,7 @@ def measured(only_us, tmp_path_factory):
 
 class TestSuite:
     def test_every_family_runs_and_says_what_it_measured(self, measured):
-        assert set(measured) == {"log_probs", "advantages", "losses", "calls", "accuracy"}
+        assert set(measured) == {"log_probs", "lm_head", "advantages", "losses", "calls", "accuracy"}
         for family, path in measured.items():
             content = records.read(path)
             assert content["family"] == family
@@ -311,12 +368,12 @@ class TestSuite:
                         assert 0 < result["min_ms"] <= result["median_ms"] <= result["max_ms"]
                         assert row["targets"]
                 if family not in ("accuracy", "calls"):
-                    assert row["limit"]["bytes"] > 0
+                    assert row["limit"]["flops" if family == "lm_head" else "bytes"] > 0
                     assert row["limit"]["median_ms"] > 0
 
     def test_the_issue_rows_are_there_with_their_targets(self, measured):
         targets = {}
-        for family in ("log_probs", "advantages", "losses", "calls"):
+        for family in ("log_probs", "lm_head", "advantages", "losses", "calls"):
             for row in records.read(measured[family])["rows"]:
                 targets[row["work"], row["dtype"]] = row["targets"]
         assert targets["log-prob, forward", "fp32"]["limit"] == 1.2
@@ -324,6 +381,11 @@ class TestSuite:
             **{"limit": 1.3, "torch.compile": 3.5, "TRL": 25, "verl": 25, "extra_mib": 1.0}
         }
         assert targets["log-prob + entropy, forward", "bf16"]["TRL"] == 15
+        assert targets["linear → log-prob + entropy, forward", "fp32"]["limit"] == 0.92
+        assert targets["linear → log-prob, forward + backward", "bf16"]["limit"] == 1.1
+        assert targets["linear → PPO loss + metrics, frozen head, forward + backward", "fp32"] == {
+            **{"limit": 1.05, "extra_mib": 32.0}
+        }
         assert targets["PPO loss + KL + metrics, forward + backward", "fp32"]["verl"] == 50
         assert targets["GAE, masks inside the response", "fp32"]["torchrl"] == 50
         assert targets["KL penalty + score + GAE + whitening", "fp32"]["TRL"] == 100
@@ -340,10 +402,32 @@ class TestSuite:
         rows = {r["op"]: r["limit"]["bytes"] for r in records.read(measured["advantages"])["rows"]}
         assert rows["gae"] == n * (2 * 4 + 1 + 2 * 4)
 
+    def test_the_products_are_as_many_as_the_gradients_need(self, measured):
+        rows = [(r["work"], r["shape"], r["limit"]) for r in records.read(measured["lm_head"])["rows"]]
+        product = {"12 × 8 × 100": 2 * 12 * 8 * 100, "6 × 8 × 50": 2 * 6 * 8 * 50}
+        counts = [limit["flops"] / product[shape] for _, shape, limit in rows]
+        assert counts == [1, 4, 3, 2, 3] * 2 + [3, 3]  # in fp32 and in bf16; then the PPO loss alone
+        assert all(limit["what"].startswith(f"{count:.0f} ") for count, (*_, limit) in zip(counts, rows, strict=True))
+
+    def test_large_heads_have_few_contenders_and_on_gpus_targets_of_their_own(self, only_us, monkeypatch):
+        monkeypatch.setattr(lm_head, "LARGE", 12 * 8 * 100 - 1)
+        monkeypatch.setattr(lm_head, "BESIDE_LARGE", ("ours",))
+        rows = list(lm_head.rows(TINY))
+        assert [isinstance(row.contenders["eager"], Contender) for row in rows] == [False] * 10 + [True] * 2
+        assert all(isinstance(row.contenders["ours"], Contender) for row in rows)
+        assert all(("eager" in row.targets) == (row.dtype == "fp32") for row in rows[10:])
+        assert not any("eager" in row.targets for row in rows[:10])
+        leaves = [torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, 131_072)]
+        found = lm_head._targets(FULL["cuda"], "bf16", lm_head.COMPOSABLE, (4096, 4096, 131_072), leaves)
+        assert found == {"ms": 27.0, "extra_mib": 2.5 * 1024 - 1024 - 32}  # the gradients are not extra
+
     def test_our_accuracy_is_measured_against_fp64(self, measured):
         rows = records.read(measured["accuracy"])["rows"]
-        assert [(row["dtype"], row["scale"]) for row in rows] == [
-            (d, s) for d in ("fp32", "bf16") for s in (1, 10, 100)
+        assert [(row["op"], row["dtype"], row["scale"]) for row in rows] == [
+            (op, dtype, scale)
+            for op in ("token_log_probs_and_entropy", "linear_token_log_probs_and_entropy")
+            for dtype in ("fp32", "bf16")
+            for scale in (1, 10, 100)
         ]
         for row in rows:
             ours, eager = row["results"]["ours"], row["results"]["eager"]
@@ -352,13 +436,15 @@ class TestSuite:
             assert ours["gradient"] <= (1e-5 if row["dtype"] == "fp32" else 1e-2)
 
     def test_the_exact_gradient_is_that_of_autograd(self):
-        logits = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
         tokens, grads = torch.tensor([0, 10, 5]), [torch.randn(3, dtype=torch.float64) for _ in range(2)]
-        log_p = logits.log_softmax(-1)
-        log_probs, entropy = log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-        (gradient,) = torch.autograd.grad((log_probs, entropy), logits, grads)
-        for x, y in zip(accuracy._exact(logits.detach(), tokens, grads), (log_probs, entropy, gradient), strict=True):
-            torch.testing.assert_close(x, y.detach())
+        for shapes in ([(3, 11)], [(3, 4), (11, 4)]):
+            leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+            log_p = (leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].T).log_softmax(-1)
+            log_probs, entropy = log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+            expected = (log_probs, entropy, *torch.autograd.grad((log_probs, entropy), leaves, grads))
+            found = accuracy._exact([x.detach() for x in leaves], tokens, grads)
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y.detach())
 
     def test_in_place_rows_start_every_call_from_the_same_logits(self, only_us):
         logits, tokens, grads = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), [torch.ones(4)]
@@ -481,8 +567,6 @@ class TestReadme:
 def test_the_tables_for_the_terminal_show_everybody(only_us):
     row = Row("op", "work", "2", "fp32", {"ours": clockwork("ours", [1.0]), "A": "has none"}, None, {"ms": 0.5, "A": 2})
     console = Console(width=160, record=True)
-    from fastrlhf.bench import report
-
     record = measure(row, FakeStopwatch(), seconds=0.0)
     console.print(report.of_row(record))
     console.print(report.of_targets([record]))

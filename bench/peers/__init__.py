@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from importlib import metadata
 
-from fastrlhf.bench.peers import openrlhf, torch_based, torchrl, triton, trl, verl
+from fastrlhf.bench.peers import cut_cross_entropy, liger, openrlhf, torch_based, torchrl, triton, trl, verl
 from fastrlhf.bench.peers.base import Peer, Run
 from fastrlhf.bench.sources import NotThere
 
@@ -23,15 +23,18 @@ ADAPTERS: dict[str, Callable[[], Peer]] = {
     "torch.compile": torch_based.torch_compile,
     "TRL": trl.trl,
     "TRL Triton": triton.trl_triton,
+    "TRL chunked": trl.trl_chunked,
     "verl": verl.verl,
     "verl compiled": verl.verl_compiled,
+    "verl Triton": verl.verl_triton,
     "OpenRLHF": openrlhf.openrlhf,
     "torchrl": torchrl.torchrl,
-    "Liger": triton.liger,
+    "Liger": liger.liger,
+    "cut-cross-entropy": cut_cross_entropy.cut_cross_entropy,
     "flash-attn": triton.flash_attn,
 }
 # A second way of a peer that stands above: not missed where it has nothing to add.
-SECOND_WAYS = ("TRL Triton", "verl compiled")
+SECOND_WAYS = ("TRL Triton", "TRL chunked", "verl compiled", "verl Triton")
 
 
 @functools.cache

@@ -14,6 +14,12 @@ import torch
 
 from fastrlhf.bench.sources import NotThere
 
+FROM_HIDDEN = (
+    "linear_token_log_probs",
+    "linear_token_log_probs_and_entropy",
+    "linear_ppo_loss",
+    "linear_cross_entropy",
+)
 CLIP, VALUE_CLIP, KL_COEF, BETA, GAMMA, LAM = 0.2, 0.2, 0.05, 0.1, 1.0, 0.95
 
 

@@ -9,7 +9,19 @@ from typing import Optional
 import torch
 from torch import nn
 
-from fastrlhf.bench.peers.base import BETA, CLIP, GAMMA, KL_COEF, LAM, VALUE_CLIP, Peer, Run, float_masks, keep
+from fastrlhf.bench.peers.base import (
+    BETA,
+    CLIP,
+    FROM_HIDDEN,
+    GAMMA,
+    KL_COEF,
+    LAM,
+    VALUE_CLIP,
+    Peer,
+    Run,
+    float_masks,
+    keep,
+)
 from fastrlhf.bench.sources import definitions, folder, function, method, steps
 
 
@@ -66,5 +78,6 @@ def openrlhf() -> Peer:
         "dpo_loss": Run(lambda *log_probs: (lambda loss, *rewards: (loss, rewards))(*dpo(*log_probs))),
     }
     cannot = {"full_kl": "not there", "gae_packed": "padded batches only"}
+    cannot |= dict.fromkeys(FROM_HIDDEN, "from logits only")
     cannot["masked_whiten"] = "by rows, or inside the experience maker"
     return Peer(metadata.version("openrlhf"), ops, cannot)

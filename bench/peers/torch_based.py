@@ -20,6 +20,10 @@ def ours() -> Peer:
         "token_log_probs_and_entropy in place": lambda logits, tokens: F.token_log_probs_and_entropy(
             logits, tokens, inplace_backward=True
         ),
+        "linear_token_log_probs": lambda *head: F.linear_token_log_probs(*head),
+        "linear_token_log_probs_and_entropy": lambda *head: F.linear_token_log_probs_and_entropy(*head),
+        "linear_cross_entropy": lambda *head: F.linear_cross_entropy(*head),
+        "linear_ppo_loss": lambda *inputs: F.linear_ppo_loss(*inputs),
         "full_kl": lambda logits, ref_logits: F.full_kl(logits, ref_logits),
         "kl_divergence": lambda log_probs, ref: F.kl_divergence(log_probs, ref, estimator="k3"),
         "gae": lambda rewards, values, mask: F.gae(rewards, values, mask, gamma=GAMMA, lam=LAM),
@@ -44,7 +48,8 @@ def eager_pytorch() -> Peer:
         name: Run(getattr(eager, name))
         for name in (
             *("token_log_probs", "token_log_probs_and_entropy", "full_kl", "kl_divergence", "masked_mean"),
-            *("masked_whiten", "pairwise_reward_loss"),
+            *("masked_whiten", "pairwise_reward_loss", "linear_token_log_probs", "linear_token_log_probs_and_entropy"),
+            *("linear_cross_entropy", "linear_ppo_loss"),
         )
     }
     ops["gae"] = Run(lambda *inputs: eager.gae(*inputs, GAMMA, LAM))

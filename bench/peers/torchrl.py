@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from fastrlhf.bench.peers.base import GAMMA, LAM, Peer, Run
+from fastrlhf.bench.peers.base import FROM_HIDDEN, GAMMA, LAM, Peer, Run
 
 
 def torchrl() -> Peer:
@@ -30,5 +30,5 @@ def torchrl() -> Peer:
     return Peer(
         metadata.version("torchrl"),
         {"gae": Run(gae, columns, "vectorised, without a mask")},
-        dict.fromkeys((*ops, "dpo_loss"), reason),
+        dict.fromkeys((*ops, *FROM_HIDDEN, "dpo_loss"), reason),
     )

@@ -1,14 +1,13 @@
-"""The Triton kernels of TRL, Liger and flash-attn: log-probs on GPUs."""
+"""The Triton kernels of TRL and flash-attn: log-probs on GPUs."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from importlib import metadata
 
 import torch
 
-from fastrlhf.bench.peers.base import Peer, Run, load_file
+from fastrlhf.bench.peers.base import FROM_HIDDEN, Peer, Run, load_file
 from fastrlhf.bench.sources import NotThere, folder
 
 
@@ -32,25 +31,12 @@ def trl_triton() -> Peer:
     return Peer(version, ops)
 
 
-def liger() -> Peer:
-    cross_entropy = importlib.import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
-    version = metadata.version("liger-kernel")
-    cannot = {"token_log_probs_and_entropy": "no entropy", "ppo_loss": "one advantage a sequence, not a token"}
-    if not torch.cuda.is_available():
-        return Peer(version, {}, cannot | {"token_log_probs": "from logits only in Triton, for GPUs"})
-
-    def log_probs(logits, tokens):
-        return -cross_entropy.apply(logits, tokens, None, -100, 0.0, 0.0, "none")[0]
-
-    return Peer(version, {"token_log_probs": Run(log_probs, note="its gradient is made in the forward pass")}, cannot)
-
-
 def flash_attn() -> Peer:
     def log_probs(logits, tokens):
         return -flash_attn_module().cross_entropy_loss(logits, tokens, inplace_backward=logits.requires_grad)[0]
 
     flash_attn_module()
-    cannot = {"token_log_probs_and_entropy": "no entropy"}
+    cannot = {"token_log_probs_and_entropy": "no entropy"} | dict.fromkeys(FROM_HIDDEN, "from logits only")
     if not torch.cuda.is_available():
         return Peer(metadata.version("flash-attn"), {}, {"token_log_probs": "Triton, for GPUs"} | cannot)
     return Peer(metadata.version("flash-attn"), {"token_log_probs": Run(log_probs)}, cannot)

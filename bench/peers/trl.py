@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -35,6 +36,10 @@ def trl() -> Peer:
     value = steps(path, train, "vpredclipped", "vf_clipfrac", inputs, context)
     args = SimpleNamespace(gamma=GAMMA, lam=LAM, kl_estimator="k1", kl_coef=KL_COEF, whiten_rewards=False)
     args.cliprange, args.cliprange_value = CLIP, VALUE_CLIP
+    # The gathering of sharded weights that it asks for has nothing to do here.
+    context |= {"maybe_gather_lm_head_ctx": lambda *_: nullcontext()}
+    names = ("_CHUNKED_LM_HEAD_CHUNK_SIZE", "_chunk", "_chunked_cross_entropy_loss")
+    sft = definitions(root / "trainer" / "sft_trainer.py", keep(*names), context)
     everything = slice(None)
 
     @torch.no_grad()
@@ -64,7 +69,21 @@ def trl() -> Peer:
         result = value(values, old, returns, padding, everything, args)
         return result["vf_loss"], (result["vf_clipfrac"],)
 
+    def cross_entropy(hidden, weight, tokens):
+        size = sft["_CHUNKED_LM_HEAD_CHUNK_SIZE"]
+        loss, *metrics = sft["_chunked_cross_entropy_loss"](hidden, weight, size, shift_labels=tokens)
+        return loss, metrics
+
     log_probs, entropy = utils["selective_log_softmax"], utils["entropy_from_logits"]
+    linear = nn.functional.linear
+
+    def linear_log_probs_and_entropy(hidden, weight, tokens):
+        logits = linear(hidden, weight)
+        return log_probs(logits, tokens), entropy(logits)
+
+    def linear_ppo_loss(hidden, weight, tokens, *rest):
+        return ppo_loss(log_probs(linear(hidden, weight), tokens), *rest)
+
     ops = {
         "token_log_probs": Run(log_probs),
         "token_log_probs_and_entropy": Run(lambda x, tokens: (log_probs(x, tokens), entropy(x))),
@@ -76,6 +95,10 @@ def trl() -> Peer:
             ppo_loss, lambda x, old, advantages, mask, ref: (x, old, advantages, ~mask), "without KL in the loss"
         ),
         "value_loss": Run(value_loss, lambda values, old, returns, mask: (values, old, returns, ~mask)),
+        "linear_token_log_probs": Run(lambda hidden, weight, tokens: log_probs(linear(hidden, weight), tokens)),
+        "linear_token_log_probs_and_entropy": Run(linear_log_probs_and_entropy),
+        "linear_ppo_loss": Run(linear_ppo_loss, lambda *inputs: (*inputs[:-1], ~inputs[-1]), "without the entropy"),
+        "linear_cross_entropy": Run(cross_entropy),
     }
     return Peer(
         metadata.version("trl"),
@@ -88,3 +111,20 @@ def trl() -> Peer:
             "dpo_loss": "computed inside DPOTrainer",
         },
     )
+
+
+def trl_chunked() -> Peer:
+    """What its asynchronous GRPO puts in the place of a model's LM head: parts of the vocabulary at a time."""
+    path = folder("trl") / "trainer" / "utils.py"
+    apply = definitions(path, keep("_ChunkedLogProbFunction"), {"torch": torch})["_ChunkedLogProbFunction"].apply
+    size = 8192
+
+    def log_probs_and_entropy(hidden, weight, tokens):
+        found = apply(hidden.flatten(0, -2), weight, tokens.flatten(), 1.0, size)
+        return tuple(x.view_as(tokens) for x in found)
+
+    ops = {
+        "linear_token_log_probs": Run(lambda *head: log_probs_and_entropy(*head)[0], note="computes the entropy too"),
+        "linear_token_log_probs_and_entropy": Run(log_probs_and_entropy, note="the entropy has no gradient"),
+    }
+    return Peer(metadata.version("trl"), ops)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Optional
 
 import torch
 from torch import nn
@@ -34,15 +40,26 @@ def functional() -> SimpleNamespace:
     names += ("gather_from_labels", "entropy_from_logits", "clip_by_value")
     names += ("masked_sum", "masked_mean", "masked_var", "masked_whiten")
     context = {"torch": torch, "F": nn.functional, "os": os, "NPU_CROSS_ENTROPY_LOSS_AVAILABLE": False}
-    # flash-attn's kernel, where it is there and there is a GPU: as its own import does.
-    context["FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE"] = False
-    if torch.cuda.is_available():
-        try:
-            context["cross_entropy_loss"] = triton.flash_attn_module().cross_entropy_loss
-            context["FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE"] = True
-        except NotThere:
-            pass
+    context["cross_entropy_loss"] = _flash_attn()
+    context["FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE"] = context["cross_entropy_loss"] is not None
     return SimpleNamespace(**definitions(folder("verl") / "utils" / "torch_functional.py", keep(*names), context))
+
+
+def _flash_attn() -> Callable | None:
+    """flash-attn's kernel, where it is there and there is a GPU: as verl's own imports do."""
+    if torch.cuda.is_available():
+        with suppress(NotThere):
+            return triton.flash_attn_module().cross_entropy_loss
+    return None
+
+
+def _fused_linear(root: Path) -> Callable:
+    """FusedLinearForPPO, with its usual chunks of 512 tokens."""
+    names = ("_fused_linear_for_ppo_fwd", "_fused_linear_for_ppo_bwd", "FusedLinearForPPOFunction", "FusedLinearForPPO")
+    context = {"torch": torch, "Optional": Optional, "cross_entropy_loss": _flash_attn()}
+    context["_FLASH_ATTN_CROSS_ENTROPY_AVAILABLE"] = context["cross_entropy_loss"] is not None
+    path = root / "utils" / "experimental" / "torch_functional.py"
+    return definitions(path, keep(*names), context)["FusedLinearForPPO"]()
 
 
 def verl() -> Peer:
@@ -76,7 +93,16 @@ def verl() -> Peer:
         kl = algos.kl_penalty(log_probs, ref, "low_var_kl")
         return loss + KL_COEF * algos.agg_loss(kl, mask, "token-mean"), metrics
 
+    fused = _fused_linear(root)
+
+    def linear_ppo_loss(hidden, weight, tokens, old, advantages, mask):
+        log_probs, _ = fused(hidden, weight, tokens)
+        return algos.compute_policy_loss_vanilla(old, log_probs, advantages, mask, "token-mean", config)
+
     ops = {
+        "linear_token_log_probs": Run(lambda *head: fused(*head)[0], note="computes the entropy too"),
+        "linear_token_log_probs_and_entropy": Run(fused),
+        "linear_ppo_loss": Run(linear_ppo_loss, float_masks),
         "token_log_probs": Run(verl_F.logprobs_from_logits),
         "token_log_probs_and_entropy": Run(_with_entropy(verl_F.entropy_from_logits)),
         "kl_divergence": Run(lambda log_probs, ref: algos.kl_penalty(log_probs, ref, "low_var_kl")),
@@ -93,7 +119,7 @@ def verl() -> Peer:
         ),
     }
     cannot = {"full_kl": "not implemented there", "gae_packed": "padded batches only"}
-    cannot |= {"pairwise_reward_loss": "not there", "dpo_loss": "not there"}
+    cannot |= {"pairwise_reward_loss": "not there", "dpo_loss": "not there", "linear_cross_entropy": "log-probs only"}
     return Peer(metadata.version("verl"), ops, cannot)
 
 
@@ -102,6 +128,38 @@ def verl_compiled() -> Peer:
     entropy = torch.compile(functional().entropy_from_logits, dynamic=True)
     op = "token_log_probs_and_entropy"
     return Peer(metadata.version("verl"), {op: Run(_with_entropy(entropy), note="its entropy under torch.compile")})
+
+
+def verl_triton() -> Peer:
+    """The kernels that take the place of FusedLinearForPPO where one asks for Triton."""
+    root = folder("verl") / "utils" / "kernel"
+    version = metadata.version("verl")
+    device = ModuleType("verl.utils.device")  # as much of it as the kernels ask
+    device.is_cuda_available = torch.cuda.is_available()
+    device.get_device_name, device.get_torch_device = (lambda: "cuda"), (lambda: torch.cuda)
+    device.get_device_capability = torch.cuda.get_device_capability
+    # The two files as a package, because one imports the other when it is called.
+    package = sys.modules[f"{__name__}_kernel"] = ModuleType(f"{__name__}_kernel")
+    package.__path__ = [str(root)]
+    stubs = {"verl": ModuleType("verl"), "verl.utils": ModuleType("verl.utils"), "verl.utils.device": device}
+    sys.modules |= stubs
+    try:
+        importlib.import_module(f"{package.__name__}.kernels")
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+    function = importlib.import_module(f"{package.__name__}.linear_cross_entropy").linear_cross_entropy
+    if not torch.cuda.is_available():
+        return Peer(version, absent="for GPUs")
+
+    def log_probs_and_entropy(hidden, weight, tokens):
+        return tuple(x.view_as(tokens) for x in function(hidden, weight, tokens, 1.0, "none"))
+
+    ops = {
+        "linear_token_log_probs": Run(lambda *head: log_probs_and_entropy(*head)[0], note="computes the entropy too"),
+        "linear_token_log_probs_and_entropy": Run(log_probs_and_entropy),
+    }
+    return Peer(version, ops)
 
 
 def _with_entropy(entropy):
