@@ -13,10 +13,11 @@ from fastrlhf import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAIR = DTYPES[:2]
-# N, H, V: odd ones, and the edges of blocks of 64 tokens, 96 rows of the vocabulary and 64 hidden numbers.
+# N, H, V: odd ones, and the edges of blocks of 64 tokens, 96 rows of the vocabulary and 64 hidden numbers; several
+# blocks of 1024 hidden numbers.
 SHAPES = (
     *((0, 3, 5), (1, 1, 1), (5, 16, 1), (1, 3, 2), (64, 64, 96), (65, 130, 97), (65, 16, 383), (200, 63, 1009)),
-    *((64, 576, 192), (5, 576, 5003), (200, 1, 2), (33, 16, 20011)),
+    *((64, 576, 192), (5, 576, 5003), (200, 1, 2), (33, 16, 20011), (2, 2100, 97)),
 )
 HEADS = {
     "plain": {},
@@ -437,6 +438,16 @@ def test_nan_and_inf_are_not_hidden(dtype, bad, softcap):
         assert all(x.isnan().all() for x in results)
 
 
+@pytest.mark.parametrize("rows", [slice(0, 1000), slice(3, 4), slice(1999, 2000)])
+def test_a_nan_among_logits_that_weigh_nothing_shows(rows):
+    """Whole blocks of the vocabulary have a probability of 0, or nothing but nan."""
+    weight, bias = torch.zeros(2000, 2), torch.full((2000,), -1e4)
+    weight[rows] = math.nan
+    bias[1000:1900] = 0.0
+    results = F.linear_token_log_probs_and_entropy(torch.ones(1, 2), weight, torch.tensor([1500]), bias=bias)
+    assert all(x.isnan().all() for x in results)
+
+
 @pytest.mark.parametrize("size", [1e30, 3e38])
 def test_huge_logits(size):
     weight = torch.zeros(300, 2)
@@ -505,6 +516,14 @@ def test_cross_entropy_against_the_two_step_path(dtype, head, denominator):
     tokens[1::4] = -100
     functions = (F.linear_cross_entropy, two_step_cross_entropy, exact_cross_entropy)
     compare_loss(*functions, hidden, weight, bias, tokens, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_over_a_large_vocabulary(dtype):
+    """Logits are kept, and multiplied by the weight some thousands of rows at a time."""
+    hidden, weight, tokens, bias = random_head(70, 16, 12_393, dtype, bias=True)
+    functions = (F.linear_cross_entropy, two_step_cross_entropy, exact_cross_entropy)
+    compare_loss(*functions, hidden, weight, bias, tokens, softcap=6.0)
 
 
 def test_cross_entropy_is_torchs():

@@ -42,9 +42,9 @@ class LmHead {
          const Tensor& head_numbers)
       : hidden_(with_last_stride(hidden)), weight_(with_last_stride(weight)) {
     require(hidden.dim() == 2 && hidden.is_cpu(), "hidden", "[N, H] on CPU");
-    require(weight.dim() == 2 && weight.is_cpu() && weight.size(0) >= 1 && weight.size(1) == hidden.size(1) &&
+    require(weight.dim() == 2 && weight.is_cpu() && weight.numel() >= 1 && weight.size(1) == hidden.size(1) &&
                 weight.scalar_type() == hidden.scalar_type(),
-            "weight", "[V, H] on CPU, V >= 1, in the dtype of hidden");
+            "weight", "[V, H] on CPU, V and H >= 1, in the dtype of hidden");
     require(tokens.is_cpu() && tokens.scalar_type() == ScalarType::Long && tokens.numel() == hidden.size(0), "tokens",
             "int64 on CPU, one for each row of hidden");
     if (bias.has_value()) {
@@ -325,7 +325,7 @@ int64_t checked_chunk(int64_t chunk_bytes) {
 
 Tensor zeros_for(int64_t n, int64_t each = 1) {
   Tensor x = each == 1 ? new_floats({n}) : new_floats({n, each});
-  memset(x.mutable_data_ptr(), 0, n * each * sizeof(float));
+  std::fill_n(write(x), n * each, 0.0f);
   return x;
 }
 

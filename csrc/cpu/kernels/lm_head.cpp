@@ -243,7 +243,6 @@ void rows_of(const LmHeadArgs& a, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < segments; ++i) {
       const float* part = a.parts + i * 3 * a.padded + n;
       const double s = part[a.padded], delta = (static_cast<double>(part[0]) - row.m) * scale, factor = exp2(delta);
-      if (factor == 0.0) continue;
       row.s += factor * s;
       row.u += factor * (part[2 * a.padded] + delta * s);
     }
@@ -354,10 +353,10 @@ struct GradientRows<Single> {
 };
 
 #if defined(FASTRLHF_CAPABILITY_AVX512_BF16)
-FASTRLHF_INLINE uint16_t rounded(float x) {
+FASTRLHF_INLINE bf16 rounded(float x) {
   bf16 to[kWidth];
   store(to, Vec(x));
-  return to[0].bits;
+  return to[0];
 }
 
 // Of two rows of the vocabulary at a time: bf16 in pairs of tokens for the weight's gradient, and in pairs of the two rows,
@@ -385,9 +384,11 @@ struct GradientRows<Pair> {
     }
   }
   static void put(const Tile<Pair>& tile, const LmHeadArgs& a, const Hit& hit) {
-    auto* by_token = reinterpret_cast<uint16_t*>(tile.by_token) + hit.row * 2 * tile.pairs + hit.token;
-    auto* by_row = reinterpret_cast<uint16_t*>(tile.z + hit.row / 2 * 2 * a.stride + hit.token) + hit.row % 2;
-    *by_token = *by_row = rounded(hit.gradient);
+    const bf16 dz = rounded(hit.gradient);
+    auto* by_token = reinterpret_cast<bf16*>(tile.by_token + hit.row * tile.pairs) + hit.token;
+    auto* by_row = reinterpret_cast<bf16*>(tile.z + hit.row / 2 * 2 * a.stride + hit.token) + hit.row % 2;
+    memcpy(by_token, &dz, sizeof dz);  // not assigned: the memory is of other types, and read as those
+    memcpy(by_row, &dz, sizeof dz);
   }
 };
 #endif
