@@ -66,7 +66,7 @@ struct LmHeadArgs {
   int64_t vocabulary, size;
   DType dtype;
   float temperature, softcap;  // infinity: none
-  int64_t tile;                // rows of a tile, an even divisor of kLmVocabulary
+  int64_t tile;                // rows of a tile: even, at most kLmTile, a divisor of the blocks above
   int64_t tokens, padded, stride;  // of the chunk; stride: between the rows of `logits` and of `grad_hidden`
   const int64_t* targets;
   void* by_token;   // the packed hidden states

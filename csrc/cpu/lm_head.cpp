@@ -64,7 +64,7 @@ class LmHead {
     args_.bias = bias_.has_value() ? bias_->const_data_ptr() : nullptr;
     args_.vocabulary = weight.size(0);
     args_.size = weight.size(1);
-    args_.dtype = dtype_of(hidden);
+    args_.dtype = dtype_of(hidden, "hidden");
     args_.tile = tile_rows(args_.size);
   }
 
@@ -211,7 +211,7 @@ void LmHead::add_gradients(Chunk& chunk, Gradients& g, bool recompute, bool last
   const int64_t stretch = recompute ? kStretch : kKeptStretch;
   const int64_t blocks = ceil_div(args_.size, kLmHiddenBlock), parts = args_.padded / kLmPadding;
   args_.recompute = recompute;
-  const bool whole = args_.first_chunk && last_chunk;
+  const bool whole = args_.first_chunk && last_chunk;  // nothing to sum up
   if (g.needs_weight && !whole && g.weight_sums.scalar_type() != ScalarType::Float)
     g.weight_sums = new_floats({args_.vocabulary, args_.size});
   const bool sums = g.weight_sums.scalar_type() == ScalarType::Float;
@@ -434,8 +434,7 @@ LossAndGradients linear_ppo_loss(const Tensor& hidden, const Tensor& weight, con
   if (advantage_stats.has_value()) std::tie(mean, rstd) = mean_and_rstd(*advantage_stats);
 
   Tensor log_probs = new_floats_like(tokens), entropy = new_floats_like(tokens);
-  std::fill(write(log_probs), write(log_probs) + tokens.numel(), 0.0f);
-  std::fill(write(entropy), write(entropy) + tokens.numel(), 0.0f);
+  for (const Tensor& x : {log_probs, entropy}) std::fill_n(write(x), tokens.numel(), 0.0f);
   Division division = divide(log_probs, kept, denominator, aggregation, false);
   std::vector<int64_t> counts = head.counting();
   counts.erase(std::remove_if(counts.begin(), counts.end(), [&](int64_t n) { return read_mask(kept)[n] == 0; }),

@@ -8,6 +8,7 @@
 #include "losses.h"
 
 namespace fastrlhf {
+
 std::pair<float, float> mean_and_rstd(const Tensor& advantage_stats) {
   require(advantage_stats.dim() == 1 && advantage_stats.size(0) == 2, "advantage_stats", "[2]: mean and 1/std");
   const Tensor stats = floats("advantage_stats", advantage_stats, advantage_stats);

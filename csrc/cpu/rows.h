@@ -7,8 +7,8 @@
 
 namespace fastrlhf {
 
-inline DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
+inline DType dtype_of(const Tensor& x, const char* name = "logits") {
+  switch (x.scalar_type()) {
     case ScalarType::Float:
       return kFloat32;
     case ScalarType::BFloat16:
@@ -16,7 +16,7 @@ inline DType dtype_of(const Tensor& logits) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      throw std::invalid_argument("logits: wanted float32, bfloat16 or float16");
+      throw std::invalid_argument(std::string(name) + ": wanted float32, bfloat16 or float16");
   }
 }
 

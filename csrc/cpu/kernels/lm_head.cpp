@@ -35,7 +35,7 @@ template <class E>
 class Buffer {
  public:
   explicit Buffer(int64_t n) : data_(static_cast<E*>(aligned_alloc(64, (n * sizeof(E) + 64) / 64 * 64))) {
-    if (data_ == nullptr) abort();  // some hundred KiB
+    if (data_ == nullptr) abort();  // no exception leaves a parallel region
   }
   ~Buffer() { free(data_); }
   Buffer(const Buffer&) = delete;
@@ -397,12 +397,12 @@ template <class P, bool kEntropy, bool kCapped>
 void logits_gradient(const Tile<P>& tile, const LmHeadArgs& a, int64_t v, Hit* hits) {
   const Scales scales = {Vec(scale_for(a.temperature)), Vec(1.0f / a.softcap)};
   const int64_t found = find_hits<kEntropy, kCapped>(a, v, tile.rows, tile.z, scales, hits);
-  Buffer<float> lanes(a.grad_bias == nullptr ? 0 : (kLmTile + 1) * kWidth);
+  Buffer<float> lanes(a.grad_bias == nullptr ? 0 : kLmTile * kWidth);
   float* sums = a.grad_bias == nullptr ? nullptr : lanes.data();
   int64_t hit = 0;
   for (int64_t block = 0; block < a.padded; block += kTokens) {
     const int64_t stop = smaller_of(block + kTokens, a.padded);
-    if (sums != nullptr) memset(sums, 0, (kLmTile + 1) * kWidth * sizeof(float));
+    if (sums != nullptr) memset(sums, 0, kLmTile * kWidth * sizeof(float));
     for (int64_t n = block; n < stop; n += kWidth) {
       GradientRows<P>::template vector<kEntropy, kCapped>(tile, a, n, scales, sums);
       for (; hit < found && hits[hit].token < n + kWidth; ++hit) {
@@ -455,7 +455,7 @@ void gradient(const LmHeadArgs& a, int64_t begin, int64_t end) {
   using E = typename P::Element;
   Buffer<E> weight(a.recompute ? a.tile * weight_stride<P>(a) : 0);
   const int64_t pairs = P::kDepth == 1 ? 0 : a.padded / P::kDepth + 16;
-  Buffer<E> by_token((kLmTile + 1) * pairs);
+  Buffer<E> by_token(kLmTile * pairs);
   Buffer<Hit> hits(a.tokens);
   Buffer<float> sums(a.grad_weight_rounded == nullptr ? 0 : a.tile * a.size);
   const auto logits_gradient_of = [&] {
