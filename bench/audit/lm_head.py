@@ -1,6 +1,8 @@
 """What bench/gpu_audit.py launches of kernels/triton/lm_head.py."""
 
+import functools
 import math
+from unittest import mock
 
 import torch
 
@@ -9,10 +11,7 @@ CHUNK_BYTES = 1 << 20
 # Tokens, hidden size, vocabulary, temperature, softcap. Several chunks; odd sizes; the least there can be.
 CASES = ((192, 16, 4096, 1.0, 30.0), (70, 7, 50_257, 0.7, 15.0), (3, 8, 1, 2.0, 0.1))
 HEADS = {"": {}, "[bias, softcap]": {"bias": True, "softcap": True}}
-PPO = {  # which of the optional tensors are given
-    "": (),
-    "[everything]": ("weights", "advantage_stats", "ref_log_probs", "denominator"),
-}
+EVERYTHING = ("weights", "advantage_stats", "ref_log_probs", "denominator")  # that ppo_loss may be given
 
 
 def bytes_needed(dtype):
@@ -26,6 +25,8 @@ def bytes_needed(dtype):
         needed["linear_ppo_loss" + name] = {"_loss_kernel": [first, second]}
     needed["linear_token_log_probs_backward[no entropy]"] = needed["linear_token_log_probs_backward"]
     needed["linear_ppo_loss[everything]"] = needed["linear_ppo_loss"]
+    needed["linear_token_log_probs_backward[fused]"] = {"_backward_kernel": [(4, dtype.itemsize)]}
+    needed["linear_ppo_loss[fused]"] = {"_loss_kernel": [(4, 0), (4, dtype.itemsize)]}
     return needed
 
 
@@ -54,6 +55,17 @@ def ppo(ops, inputs, given=()):
     return ops.linear_ppo_loss, (*inputs, *constants, K2, 0, True, True, inputs[2] is not None, False)
 
 
+def fused(ops, function, args):
+    """The call, by the other strategy: logits in fp32."""
+
+    @functools.wraps(function)
+    def call(*args):
+        with mock.patch.object(ops, "STRATEGY", "fused"):
+            return function(*args)
+
+    return call, args
+
+
 def launches(ops, dtype):
     """{op: [(function, args) that differ in all that must not matter]}."""
     calls = {}
@@ -76,5 +88,7 @@ def launches(ops, dtype):
             if not name:
                 call = (ops.linear_token_log_probs_backward, (x, None, *inputs[:4], *results))
                 calls.setdefault("linear_token_log_probs_backward[no entropy]", []).append(call)
-                calls.setdefault("linear_ppo_loss[everything]", []).append(ppo(ops, inputs, PPO["[everything]"]))
+                calls.setdefault("linear_ppo_loss[everything]", []).append(ppo(ops, inputs, EVERYTHING))
+                for op in ("linear_token_log_probs_backward", "linear_ppo_loss"):
+                    calls.setdefault(f"{op}[fused]", []).append(fused(ops, *head[op]))
     return calls

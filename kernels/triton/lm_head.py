@@ -11,19 +11,26 @@ why chunks are large. The bias's, the sums of the columns, likewise.
 
 Ignored rows are not taken out, which would need their number on the host. Their logits are not read, the gradient
 written there is 0, and zeros replace their hidden states in the weight's gradient, where 0 * nan would be a nan.
+
+FASTRLHF_LM_HEAD=fused, read once, keeps logits from ever being rounded to the inputs' dtype: where no gradient goes
+with them, lm_head_fused.py computes log-probs without logits in memory; elsewhere chunks are in fp32, and the gradient
+of the logits has a buffer of its own. With "chunked", the default, logits are rounded as nn.Linear would.
 """
+
+import os
 
 import torch
 
 import triton
 import triton.language as tl
 
-from . import _rows, losses
+from . import _rows, lm_head_fused, losses
 from ._math import kl_estimate
 from ._rows import _LN_2, _LOWEST, _STEPS, LOG2_E, _chunk_statistics, _meet, _merge
 from .log_probs import _IGNORE, IGNORE_INDEX, _load_token, _row_gradient, _store_results, _store_zeros
 from .losses import TOKEN_MEAN, _like, _surrogate
 
+STRATEGIES = ("chunked", "fused")
 ROWS = 64  # chunks are a multiple of this
 PADDED = 64  # elements; rows of the buffer are a multiple of this
 REGISTERS = 128  # a thread may have: four programs fit on a multiprocessor
@@ -59,6 +66,7 @@ def _statistics(row, bias, V, scale, softcap, GRANULE: tl.constexpr, LANES: tl.c
 
 @triton.jit
 def _write_gradient(
+    out,
     row,
     bias,
     token,
@@ -75,7 +83,7 @@ def _write_gradient(
     ROLL: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Over a row of logits, which is not read if nobody wants its gradient; that is then exactly 0."""
+    """Of a row of logits, which is not read if nobody wants its gradient; that is then exactly 0."""
     g *= inv_t
     h *= inv_t
     live = (token != _IGNORE) & ((g != 0.0) | (h != 0.0))
@@ -86,7 +94,7 @@ def _write_gradient(
     entropy = tl.where(live, entropy, 0.0)
     token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)
     numbers = (token, g, h, peak, log_total, entropy, inv_t)
-    _row_gradient(row, row, 0, V, live, *numbers, GRANULE, LANES, ROLL, ENTROPY, bias, softcap)
+    _row_gradient(row, out, 0, V, live, *numbers, GRANULE, LANES, ROLL, ENTROPY, bias, softcap)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
@@ -119,6 +127,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
 def _backward_kernel(
+    grad_ptr,  # the logits' memory, or other of that stride
     logits_ptr,
     bias_ptr,  # or None
     tokens_ptr,
@@ -147,7 +156,7 @@ def _backward_kernel(
     row = _row(logits_ptr, stride)
     with_entropy: tl.constexpr = grad_entropy_ptr is not None
     numbers = (token, g, h, peak, log_total, entropy, V, inv_t, softcap)
-    _write_gradient(row, bias_ptr, *numbers, GRANULE, LANES, ROLL, with_entropy)
+    _write_gradient(_row(grad_ptr, stride), row, bias_ptr, *numbers, GRANULE, LANES, ROLL, with_entropy)
 
 
 @triton.jit
@@ -158,8 +167,8 @@ def _ppo_slopes(
     old_ptr,
     advantages_ptr,
     weights_ptr,
-    advantage_stats_ptr,
     ref_ptr,
+    advantage_stats_ptr,
     low,
     high,
     dual_clip,
@@ -184,17 +193,18 @@ def _ppo_slopes(
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
 def _loss_kernel(
+    grad_ptr,  # the logits' memory, or other of that stride
     logits_ptr,
     bias_ptr,  # or None
     tokens_ptr,
-    shares_ptr,
     log_probs_ptr,
     entropy_ptr,
+    shares_ptr,
     old_ptr,  # None: the loss is cross-entropy, of which all that follows is not used
     advantages_ptr,
     weights_ptr,  # or None
-    advantage_stats_ptr,  # or None
     ref_ptr,  # or None
+    advantage_stats_ptr,  # or None
     V: tl.int32,
     stride: tl.int64,
     scale: tl.float32,  # log2(e) / T
@@ -226,16 +236,28 @@ def _loss_kernel(
         if old_ptr is None:
             g = -share
         else:
-            inputs = (old_ptr, advantages_ptr, weights_ptr, advantage_stats_ptr, ref_ptr)
+            inputs = (old_ptr, advantages_ptr, weights_ptr, ref_ptr, advantage_stats_ptr)
             limits = (low, high, dual_clip, log_ratio_clamp)
             g, h = _ppo_slopes(n, log_prob, share, *inputs, *limits, entropy_coef, kl_coef, estimator)
     tl.store(log_probs_ptr + n, log_prob)
     tl.store(entropy_ptr + n, entropy)
     numbers = (token, g, h, m, log_total, entropy, V, inv_t, softcap)
-    _write_gradient(row, bias_ptr, *numbers, GRANULE, LANES, ROLL, True)
+    _write_gradient(_row(grad_ptr, stride), row, bias_ptr, *numbers, GRANULE, LANES, ROLL, True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the host
+
+
+def _strategy():
+    asked = os.environ.get("FASTRLHF_LM_HEAD") or STRATEGIES[0]
+    if asked not in STRATEGIES:
+        raise ValueError(
+            f"FASTRLHF_LM_HEAD: got {asked!r}, wanted one of {', '.join(map(repr, STRATEGIES))}, or nothing"
+        )
+    return asked
+
+
+STRATEGY = _strategy()
 
 
 def _at_16_bytes(x):
@@ -244,44 +266,50 @@ def _at_16_bytes(x):
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _product(total, a, b, add=False):
+    """total = a b, or += it, in the dtype of total: that of a and b, or fp32."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=int(add), out=total)
+    elif not total.is_cuda:  # where the interpreter runs; only CUDA has products of one dtype into another
+        product = a.float() @ b.float()
+        total.copy_(total + product if add else product)
+    elif not add:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    else:  # not addmm, which in some versions of torch refuses a total of another dtype than a
+        batch = total.unsqueeze(0)
+        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=total.dtype, out=batch)
+
+
 class _Head:
     """The LM head, applied to a chunk of tokens at a time."""
 
     def __init__(self, hidden, weight, bias, numbers, chunk_bytes):
-        self.hidden, self.weight = hidden, weight
-        self.bias = _at_16_bytes(bias)
+        self.hidden, self.weight, self.bias = hidden, weight, _at_16_bytes(bias)
         temperature, softcap = numbers.tolist()
         self.scale, self.inv_t = LOG2_E / temperature, 1.0 / temperature
         self.softcap = softcap if softcap < float("inf") else None
-        self.tile = {"GRANULE": _rows.granule(hidden), "maxnreg": REGISTERS, **_rows.constants(hidden)}
         n, self.V = hidden.shape[0], weight.shape[0]
         self.stride = triton.cdiv(self.V, PADDED) * PADDED
-        most = max(ROWS, chunk_bytes // (hidden.element_size() * self.stride) // ROWS * ROWS)
+        self.dtypes = [hidden.dtype]
+        if STRATEGY == "fused" and hidden.dtype != torch.float32:
+            self.dtypes = [torch.float32, hidden.dtype]  # of the logits, of their gradient
+        self.tile = {"GRANULE": _rows.VECTOR_BYTES // self.dtypes[0].itemsize, "maxnreg": REGISTERS}
+        self.tile |= _rows.constants(hidden)
+        most = chunk_bytes // (sum(x.itemsize for x in self.dtypes) * self.stride)
+        most = max(ROWS, most // ROWS * ROWS)
         chunks = triton.cdiv(n, most)
         each = triton.cdiv(n, max(chunks, 1) * ROWS) * ROWS
         self.chunks = [slice(i * each, min((i + 1) * each, n)) for i in range(chunks)]
 
     def logits(self):
-        """Yields (slice of the tokens, logits without bias and softcap), all logits in the same memory."""
-        buffer = self.hidden.new_empty(max((x.stop - x.start for x in self.chunks), default=0), self.stride)
+        """Yields (slice of the tokens, logits without bias and softcap, where their gradient goes), in memory that the
+        next ones take again."""
+        most = max((x.stop - x.start for x in self.chunks), default=0)
+        buffers = [self.hidden.new_empty(most, self.stride, dtype=dtype) for dtype in self.dtypes]
         for rows in self.chunks:
-            logits = buffer[: rows.stop - rows.start, : self.V]
-            torch.mm(self.hidden[rows], self.weight.t(), out=logits)
-            yield rows, logits
-
-
-def _add_product(total, a, b, first):
-    """total += a b, or = where it is the first, in the dtype of total: that of a and b, or fp32."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif not total.is_cuda:  # where the interpreter runs; only CUDA has products of one dtype into another
-        product = a.float() @ b.float()
-        total.copy_(product if first else total + product)
-    elif first:
-        torch.mm(a, b, out_dtype=total.dtype, out=total)
-    else:  # not addmm, which in some versions of torch refuses a total of another dtype than a
-        batch = total.unsqueeze(0)
-        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=total.dtype, out=batch)
+            logits, grad_logits = (buffers[i][: rows.stop - rows.start, : self.V] for i in (0, -1))
+            _product(logits, self.hidden[rows], self.weight.t())
+            yield rows, logits, grad_logits
 
 
 class _Gradients:
@@ -302,15 +330,53 @@ class _Gradients:
     def add(self, rows, grad_logits):
         needs_hidden, needs_weight, needs_bias = self.needs
         if needs_hidden:
-            torch.mm(grad_logits, self.head.weight, out=self.hidden[rows])
+            _product(self.hidden[rows], grad_logits, self.head.weight)
         if needs_weight:
             hidden = torch.where(self.counts[rows], self.head.hidden[rows], 0)
-            _add_product(self.weight, grad_logits.t(), hidden, first=rows.start == 0)
+            _product(self.weight, grad_logits.t(), hidden, add=rows.start > 0)
         if needs_bias:
             self.bias += grad_logits.sum(0, dtype=torch.float32)
 
     def result(self):
         return self.hidden, self.weight.to(self.weight_dtype), self.bias.to(self.head.hidden.dtype)
+
+
+def _shares(mask, denominator, aggregation):
+    """What ppo_loss multiplies a token's terms with: the gradient of its loss, were that minus the mean entropy."""
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    options = torch.tensor([0.0, 0.0, float("inf"), float("inf"), -1.0, 0.0])
+    constants = (zeros, zeros, zeros, mask, None, None, zeros, None)
+    return losses.ppo_loss(*constants, denominator, options, 0, False, aggregation, True)[3]
+
+
+def _differentiated(head, tokens, shares, gradients, ppo=(None,) * 4, stats=None, options=(0.0,) * 6, estimator=0):
+    """Log-probs and entropy [N]; into gradients goes that of ppo_loss, or of the cross-entropy if nothing is given.
+
+    shares: what a token's loss is multiplied with. ppo: old_log_probs, advantages, weights, ref_log_probs, all [N].
+    """
+    log_probs, entropy = torch.empty_like(shares), torch.empty_like(shares)
+    clip_low, clip_high, *others = options
+    with _rows.on_device_of(tokens):
+        for rows, logits, grad_logits in head.logits():
+            _loss_kernel[(len(logits),)](
+                grad_logits,
+                logits,
+                head.bias,
+                *(x if x is None else x[rows] for x in (tokens, log_probs, entropy, shares, *ppo)),
+                stats,
+                head.V,
+                head.stride,
+                head.scale,
+                head.inv_t,
+                head.softcap,
+                1.0 - clip_low,
+                1.0 + clip_high,
+                *others,
+                estimator,
+                **head.tile,
+            )
+            gradients.add(rows, grad_logits)
+    return log_probs, entropy
 
 
 def linear_token_log_probs(hidden, weight, bias, tokens, numbers, chunk_bytes):
@@ -319,14 +385,16 @@ def linear_token_log_probs(hidden, weight, bias, tokens, numbers, chunk_bytes):
     hidden: [N, H]; weight: [V, H]; bias: [V] or None; all fp32, bf16 or fp16. tokens: [N], int64, -100 = ignored.
     numbers: [2], temperature and softcap (inf for none), in CPU memory. chunk_bytes: of logits in memory at a time.
     Returns (log_probs [N], entropy [N], normaliser [N, 2]) as token_log_probs_and_entropy, in fp32, of logits in the
-    inputs' dtype. A token outside [0, V) gives NaN.
+    inputs' dtype (fp32 where fused). A token outside [0, V) gives NaN.
     """
+    if STRATEGY == "fused":
+        return lm_head_fused.linear_token_log_probs(hidden, weight, bias, tokens, numbers)
     head = _Head(hidden, weight, bias, numbers, chunk_bytes)
     shapes = (tokens.shape, tokens.shape, (*tokens.shape, 2))
     results = tuple(torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in shapes)
     tokens = tokens.contiguous()
     with _rows.on_device_of(hidden):
-        for rows, logits in head.logits():
+        for rows, logits, _ in head.logits():
             _forward_kernel[(len(logits),)](
                 logits,
                 head.bias,
@@ -369,8 +437,9 @@ def linear_token_log_probs_backward(
     arrays = (tokens, normaliser, entropy, grad_log_probs, grad_entropy)
     arrays = [x if x is None else x.contiguous() for x in arrays]
     with _rows.on_device_of(hidden):
-        for rows, logits in head.logits():
+        for rows, logits, grad_logits in head.logits():
             _backward_kernel[(len(logits),)](
+                grad_logits,
                 logits,
                 head.bias,
                 *(x if x is None else x[rows] for x in arrays),
@@ -380,54 +449,8 @@ def linear_token_log_probs_backward(
                 head.softcap,
                 **head.tile,
             )
-            gradients.add(rows, logits)
+            gradients.add(rows, grad_logits)
     return gradients.result()
-
-
-def _shares(mask, denominator, aggregation):
-    """What ppo_loss multiplies a token's terms with: the gradient of its loss, were that minus the mean entropy."""
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    options = torch.tensor([0.0, 0.0, float("inf"), float("inf"), -1.0, 0.0])
-    constants = (zeros, zeros, zeros, mask, None, None, zeros, None)
-    return losses.ppo_loss(*constants, denominator, options, 0, False, aggregation, True)[3]
-
-
-def _log_probs_and_gradients(inputs, mask, denominator, aggregation, needs, ppo=(None,) * 5, options=(0.0,) * 6, k=0):
-    """Log-probs and entropy [N], and the gradients of ppo_loss, or of the cross-entropy where nothing else is given.
-
-    inputs: of linear_token_log_probs. mask: [...], of N elements. ppo: old_log_probs, advantages, weights,
-    advantage_stats, ref_log_probs; options: as ppo_loss has them, k the estimator.
-    """
-    head = _Head(*inputs[:3], *inputs[4:])
-    gradients = _Gradients(head, inputs[3], *needs)
-    if not any(gradients.needs):
-        return *linear_token_log_probs(*inputs)[:2], gradients.result()
-    shares = _shares(mask, denominator, aggregation).view(-1)
-    log_probs, entropy = torch.empty_like(shares), torch.empty_like(shares)
-    per_token = [x if x is None else x.view(-1) for x in (inputs[3], shares, log_probs, entropy, *ppo[:3], ppo[4])]
-    clip_low, clip_high, *others = options
-    with _rows.on_device_of(shares):
-        for rows, logits in head.logits():
-            *arrays, ref = (x if x is None else x[rows] for x in per_token)
-            _loss_kernel[(len(logits),)](
-                logits,
-                head.bias,
-                *arrays,
-                ppo[3],
-                ref,
-                head.V,
-                head.stride,
-                head.scale,
-                head.inv_t,
-                head.softcap,
-                1.0 - clip_low,
-                1.0 + clip_high,
-                *others,
-                k,
-                **head.tile,
-            )
-            gradients.add(rows, logits)
-    return log_probs, entropy, gradients.result()
 
 
 def linear_cross_entropy(hidden, weight, bias, tokens, numbers, chunk_bytes, denominator, *needs):
@@ -440,15 +463,19 @@ def linear_cross_entropy(hidden, weight, bias, tokens, numbers, chunk_bytes, den
     """
     tokens = tokens.contiguous()
     mask = tokens != IGNORE_INDEX
-    inputs = (hidden, weight, bias, tokens, numbers, chunk_bytes)
-    log_probs, entropy, grads = _log_probs_and_gradients(inputs, mask, denominator, TOKEN_MEAN, needs)
+    head = _Head(hidden, weight, bias, numbers, chunk_bytes)
+    gradients = _Gradients(head, tokens, *needs)
+    if any(gradients.needs):
+        log_probs, entropy = _differentiated(head, tokens, _shares(mask, denominator, TOKEN_MEAN), gradients)
+    else:
+        log_probs, entropy, _ = linear_token_log_probs(hidden, weight, bias, tokens, numbers, chunk_bytes)
     count = mask.sum().float()
 
     def divided(total, by):
         return torch.where(by == 0, 0.0, total / by)
 
     stats = torch.stack([divided(entropy.sum(), count), count])
-    return divided(-log_probs.sum(), count if denominator is None else denominator), stats, *grads
+    return divided(-log_probs.sum(), count if denominator is None else denominator), stats, *gradients.result()
 
 
 def linear_ppo_loss(
@@ -485,17 +512,17 @@ def linear_ppo_loss(
     old, advantages, weights, ref = (_like(name, x, tokens) for name, x in per_token.items())
     advantage_stats = _like("advantage_stats", advantage_stats, tokens.new_empty(2))
     mask = _like("mask", mask, tokens, torch.bool)
-    log_probs, entropy, grads = _log_probs_and_gradients(
-        (hidden, weight, bias, tokens.reshape(-1), numbers, chunk_bytes),
-        mask,
-        denominator,
-        aggregation,
-        needs,
-        (old, advantages, weights, advantage_stats, ref),
-        options.tolist(),
-        kl_estimator,
-    )
+    flat = tokens.reshape(-1)
+    head = _Head(hidden, weight, bias, numbers, chunk_bytes)
+    gradients = _Gradients(head, flat, *needs)
+    if any(gradients.needs):
+        shares = _shares(mask, denominator, aggregation).view(-1)
+        ppo = [x if x is None else x.view(-1) for x in (old, advantages, weights, ref)]
+        options_and_estimator = (advantage_stats, options.tolist(), kl_estimator)
+        log_probs, entropy = _differentiated(head, flat, shares, gradients, ppo, *options_and_estimator)
+    else:
+        log_probs, entropy, _ = linear_token_log_probs(hidden, weight, bias, flat, numbers, chunk_bytes)
     log_probs, entropy = log_probs.view(tokens.shape), entropy.view(tokens.shape)
     constants = (old, advantages, mask, weights, advantage_stats, entropy, ref, denominator, options)
     loss, stats, _, _ = losses.ppo_loss(log_probs, *constants, kl_estimator, False, aggregation, False)
-    return loss, stats, *grads
+    return loss, stats, *gradients.result()
