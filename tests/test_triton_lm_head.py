@@ -1,15 +1,14 @@
 """The GPU side of the LM head, by both strategies: chunks of cuBLAS and a row kernel, and the fused product.
 
-Without a GPU, in child processes with Triton's interpreter, where the kernels serve the CPU and ATen multiplies in
-cuBLAS's place: the `check_*` of this file (`python tests/test_triton_lm_head.py` by hand), and tests of test_lm_head.py
-as they are. With a GPU: the checks, compiled.
+Without a GPU, in a child process with Triton's interpreter, where the kernels serve the CPU and ATen multiplies in
+cuBLAS's place: the `check_*` of this file. By hand, `TRITON_INTERPRET=1 python tests/test_triton_lm_head.py` runs them, and with
+`contract` behind it test_lm_head.py as it is. With a GPU: the checks, compiled.
 """
 
 import contextlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -620,13 +619,6 @@ CHECKS = {
 
 
 # -------------------------------------------------------------------------------------------------------- the runs
-
-
-def child(*arguments, strategy):
-    """A child process in which Triton interprets and its kernels serve the CPU."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTRLHF_LM_HEAD": strategy}
-    command = [sys.executable, "-W", "ignore", __file__, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
