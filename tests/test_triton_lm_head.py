@@ -1,8 +1,8 @@
 """The GPU side of the LM head, by both strategies: chunks of cuBLAS and a row kernel, and the fused product.
 
 Without a GPU, in a child process with Triton's interpreter, where the kernels serve the CPU and ATen multiplies in
-cuBLAS's place: the `check_*` of this file. By hand, `TRITON_INTERPRET=1 python tests/test_triton_lm_head.py` runs them, and with
-`contract` behind it test_lm_head.py as it is. With a GPU: the checks, compiled.
+cuBLAS's place: the `check_*` of this file. `TRITON_INTERPRET=1 python tests/test_triton_lm_head.py` runs them by hand,
+and with `contract` behind it test_lm_head.py as it is. With a GPU: the checks, compiled.
 """
 
 import contextlib
