@@ -3,6 +3,7 @@
 Importing this module loads the extension `fastrlhf._C`, which holds the schemas and registers the CPU kernels. The
 kernels of other devices are registered here, from Python, with the device's dispatch key; torch's dispatcher does the
 choosing. `FASTRLHF_BACKEND=reference` registers no kernel at all, so that the reference serves every device.
+`FASTRLHF_LM_HEAD`, `chunked` (the default) or `fused`, chooses how Triton serves the LM head: kernels/triton/lm_head.py.
 """
 
 import importlib
@@ -23,6 +24,12 @@ TRITON = {  # module of fastrlhf.kernels: the ops it holds, under their own name
         "token_log_probs_and_entropy",
         "token_log_probs_and_entropy_backward",
         "token_log_probs_and_entropy_backward_",
+    ),
+    "lm_head": (
+        "linear_token_log_probs",
+        "linear_token_log_probs_backward",
+        "linear_cross_entropy",
+        "linear_ppo_loss",
     ),
     "kl": ("kl_divergence", "kl_divergence_backward", "full_kl", "full_kl_backward"),
     "advantages": ("gae", "gae_packed", "rollout_advantages"),
@@ -80,6 +87,8 @@ if not REFERENCE_FORCED:
 def backend_table() -> dict[str, dict[str, str]]:
     """For every op: which backend serves it on "cpu", on "cuda" and on any other device."""
     on_cuda = {name: f"triton ({module})" for module, names in TRITON.items() for name in names}
+    strategy = os.environ.get("FASTRLHF_LM_HEAD") or "chunked"
+    on_cuda |= dict.fromkeys(TRITON["lm_head"], f"triton (lm_head, {strategy})")
     table = {}
     for name in fallback.OPS:
         has_cpu_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
