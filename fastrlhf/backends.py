@@ -3,7 +3,7 @@
 Importing this module loads the extension `fastrlhf._C`, which holds the schemas and registers the CPU kernels. The
 kernels of other devices are registered here, from Python, with the device's dispatch key; torch's dispatcher does the
 choosing. `FASTRLHF_BACKEND=reference` registers no kernel at all, so that the reference serves every device.
-`FASTRLHF_LM_HEAD`, `chunked` (the default) or `fused`, chooses how Triton serves the LM head (kernels/triton/lm_head).
+`FASTRLHF_LM_HEAD`, `chunked` (the default) or `fused`, is how Triton serves the LM head; see kernels/triton/lm_head.py.
 """
 
 import importlib
