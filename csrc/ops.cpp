@@ -110,4 +110,31 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       "dpo_loss(Tensor policy_chosen, Tensor policy_rejected, Tensor ref_chosen, Tensor ref_rejected, Tensor options,"
       " int variant, bool needs_grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)");
+
+  // logits: [B, V]; seed, sequence, position: [B], int64. numbers: [3], temperature (0: the most likely token), top_p, min_p.
+  m.def(
+      "sample_tokens(Tensor logits, Tensor seed, Tensor sequence, Tensor position, Tensor numbers, int top_k)"
+      " -> (Tensor tokens, Tensor log_probs)");
+
+  // Causal attention of rows qkv [N, (heads + 2 kv_heads) d] to a paged KV cache. First, q and k of each row are
+  // RMS-normalised (if q_norm [d], k_norm [d]) and rotated (if cos and sin, [L, r], of elements i and i + r), and k and v
+  // written to the row's place; then each row attends to its sequence's positions up to its own, or the last `window`
+  // ones (0: all). So the rows of a prompt may come in one call, and those of different sequences too.
+  // keys: [pages, kv_heads, d, 16], values: [pages, kv_heads, 16, d], in one dtype: a page holds 16 positions. pages:
+  // [sequences, most pages of one], int32, in order. sequence, position: [N], int64: a row of `pages`, and the place in it.
+  // numbers: [3], scale, softcap of the scores (infinity: none), eps of the norms. Returns [N, heads d], fp32.
+  m.def(
+      "paged_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor pages, Tensor sequence, Tensor position,"
+      " Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, Tensor numbers, int window) -> Tensor");
+
+  // Linear layers for few rows, CPU only. pack_weight_ lays rows of weight [rows, K] into panels of 64 rows, panel
+  // first, first + step, ..., in the order that packed_linear_ reads them; packed: [panels, elements of a panel].
+  m.def("packed_size(int columns, ScalarType dtype) -> int");
+  m.def("pack_weight_(Tensor(a!) packed, Tensor weight, int first, int step) -> ()");
+  // out (+)= activation(norm(x) W^T + bias). x: [N, K], out: [N, rows of W], fp32. norm: 0 none, 1 RMS, 2 layer norm.
+  // activation: 0 none, 1 silu, 2 gelu, 3 gelu by tanh. gated: panels alternate between gate and up, bias holds first the
+  // one, then the other, and out is activation(gate) up, as wide as one of them.
+  m.def(
+      "packed_linear_(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, int norm, Tensor? norm_weight,"
+      " Tensor? norm_bias, float eps, int activation, bool gated, bool adds) -> ()");
 }

@@ -37,6 +37,8 @@ OPS = (
     "masked_whiten",
     "pairwise_reward_loss",
     "dpo_loss",
+    "sample_tokens",
+    "paged_attention",
 )
 # The integers of the raw ops are positions in these; csrc/cpu/kernels.h repeats them.
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -416,3 +418,39 @@ def dpo_loss(
         "ipo": 2 * (h - 1 / (2 * beta)),
     }[name] / max(h.numel(), 1)
     return loss, stats, slope, -slope
+
+
+def sample_tokens(logits, seed, sequence, position, numbers, top_k: int) -> tuple[Tensor, Tensor]:
+    temperature, top_p, min_p = numbers.tolist()
+    return reference.sample_tokens(
+        logits,
+        seed=seed,
+        sequence=sequence,
+        position=position,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
+
+
+def paged_attention(
+    qkv, keys, values, pages, sequence, position, cos, sin, q_norm, k_norm, numbers, window: int
+) -> Tensor:
+    scale, softcap, eps = numbers.tolist()
+    return reference.paged_attention(
+        qkv,
+        keys,
+        values,
+        pages,
+        sequence,
+        position,
+        cos=cos,
+        sin=sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        scale=scale,
+        softcap=softcap,
+        eps=eps,
+        window=window,
+    )

@@ -6,6 +6,7 @@ is given fp64 and in fp32 otherwise, and reads nothing that stands under a zero 
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -560,3 +561,134 @@ def dpo_loss(
         won = (h > 0).to(losses.dtype) + (h == 0).to(losses.dtype) / 2
         stats = [divide(s.sum(), count) for s in (won, beta * h, beta * chosen, beta * rejected)]
     return divide(losses.sum(), count), torch.stack(stats).detach()
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+PAGE = 16  # positions in a page of the KV cache
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al. 2011, section 3.3): four words of 32 bits, each in an int64, from as many."""
+
+    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The two words of a b, from halves of b: int64 holds no unsigned product of two words."""
+        high, low = a * (b >> 16), a * (b & 0xFFFF)
+        return (high + (low >> 16)) >> 16 & WORD, (high << 16) + low & WORD
+
+    c, k = counter, key
+    for _ in range(10):
+        (high0, low0), (high1, low1) = product(PHILOX_MULTIPLIERS[0], c[0]), product(PHILOX_MULTIPLIERS[1], c[2])
+        c = (high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0)
+        k = tuple(word + step & WORD for word, step in zip(k, PHILOX_KEY_STEPS, strict=True))
+    return c
+
+
+def uniform(seed: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+    """One number in [0, 1) for each, fp64, with 53 random bits."""
+    counter = (position & WORD, position >> 32 & WORD, sequence & WORD, sequence >> 32 & WORD)
+    a, b, _, _ = philox(counter, (seed & WORD, seed >> 32 & WORD))
+    return ((a >> 5) * 2**26 + (b >> 6)).double() / 2**53
+
+
+def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The tokens [B, V] that the filters leave, as a mask; each filter looks at what the one before it left."""
+    x = logits.double()
+    kept = x > -INFINITY
+    if 0 < top_k < x.shape[-1]:
+        kept &= x >= x.topk(top_k, -1).values[:, -1:]
+    if top_p < 1:
+        p, order = torch.where(kept, x / temperature, -INFINITY).softmax(-1).sort(-1, descending=True)
+        before = p.cumsum(-1) - p
+        last = (before < top_p).sum(-1, keepdim=True) - 1  # of the fewest that have the mass
+        kept &= x >= x.gather(-1, order.gather(-1, last))
+    if min_p > 0:
+        kept &= x >= x.amax(-1, keepdim=True) + temperature * math.log(min_p)
+    return kept
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    seed: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """By inversion of the distribution function, which is summed up in fp64."""
+    x = upcast(logits)
+    log_p = torch.log_softmax(x / (temperature or 1.0), -1)
+    if logits.device.type == "cpu" and log_p.amax(-1).isnan().any():
+        row = int(log_p.amax(-1).isnan().nonzero()[0])
+        raise ValueError(f"logits: row {row} has no distribution (a nan, +inf or nothing but -inf)")
+    if temperature == 0:
+        tokens = x.argmax(-1)
+    else:
+        kept = kept_tokens(x, temperature, top_k, top_p, min_p)
+        masses = torch.where(kept, (x.double() - x.double().amax(-1, keepdim=True)) / temperature, -INFINITY).exp()
+        sums = masses.cumsum(-1)
+        wanted = uniform(seed, sequence, position).unsqueeze(-1) * sums[:, -1:]
+        # The first one whose sum is greater; only rounding can leave none, and then it is the last that is kept.
+        last = (kept * torch.arange(1, kept.shape[-1] + 1, device=kept.device)).amax(-1) - 1
+        tokens = torch.minimum((sums <= wanted).sum(-1), last)
+    return tokens, log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, position: Tensor) -> Tensor:
+    """x [N, heads, d] turned by the angles of its positions (Su et al. 2021), element i with i + r, i < r."""
+    if cos is None:
+        return x
+    r = cos.shape[-1]
+    c, s = cos[position].to(x.dtype).unsqueeze(1), sin[position].to(x.dtype).unsqueeze(1)
+    a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
+    return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
+
+
+def rms_normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def paged_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    scale: float,
+    softcap: float = INFINITY,
+    eps: float = 1e-6,
+    window: int = 0,
+) -> Tensor:
+    """Every row attends to the positions of its sequence up to its own, over a gathered copy of their pages."""
+    kv_heads, d = keys.shape[1], keys.shape[2]
+    q, k, v = upcast(qkv).unflatten(-1, (-1, d)).split([qkv.shape[1] // d - 2 * kv_heads, kv_heads, kv_heads], 1)
+    q, k = (rotated(rms_normed(x, w, eps), cos, sin, position) for x, w in ((q, q_norm), (k, k_norm)))
+    page, slot = pages[sequence, position // PAGE].long(), position % PAGE
+    keys[page, :, :, slot] = k.to(keys.dtype)
+    values[page, :, slot] = v.to(values.dtype)
+    if qkv.shape[0] == 0:
+        return q.flatten(1)
+    limit = int(position.max()) // PAGE + 1
+    table = pages[sequence, :limit].long()
+    k = upcast(keys[table]).to(q.dtype).permute(0, 2, 3, 1, 4).flatten(3)  # [N, kv_heads, d, positions]
+    v = upcast(values[table]).to(q.dtype).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [N, kv_heads, positions, d]
+    scores = scale * torch.einsum("ngrd,ngdl->ngrl", q.unflatten(1, (kv_heads, -1)), k)
+    if softcap < INFINITY:
+        scores = softcap * torch.tanh(scores / softcap)
+    at, now = torch.arange(limit * PAGE, device=qkv.device), position[:, None]
+    seen = (at <= now) & (at > now - window) if window else at <= now
+    seen = seen[:, None, None]
+    v = torch.where(seen[:, 0, :, :, None], v, 0.0)  # what has never been written may be nan
+    return torch.einsum("ngrl,ngld->ngrd", scores.masked_fill(~seen, -INFINITY).softmax(-1), v).flatten(1)

@@ -14,6 +14,7 @@ from fastrlhf.functional.log_probs import token_log_probs, token_log_probs_and_e
 from fastrlhf.functional.losses import PPOStats, ValueStats, ppo_loss, value_loss
 from fastrlhf.functional.masked import masked_mean, masked_whiten
 from fastrlhf.functional.preferences import DPOStats, PairwiseRewardStats, dpo_loss, pairwise_reward_loss
+from fastrlhf.functional.sampling import sample_tokens
 
 __all__ = [
     "CrossEntropyStats",
@@ -37,6 +38,7 @@ __all__ = [
     "pairwise_reward_loss",
     "ppo_loss",
     "rollout_advantages",
+    "sample_tokens",
     "token_log_probs",
     "token_log_probs_and_entropy",
     "value_loss",
