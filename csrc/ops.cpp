@@ -128,8 +128,7 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       " Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, Tensor numbers, int window) -> Tensor");
 
   // Linear layers for few rows, CPU only. pack_weight_ lays rows of weight [rows, K] into panels of 64 rows, panel
-  // first, first + step, ..., in the order that packed_linear_ reads them; packed: [panels, elements of a panel].
-  m.def("packed_size(int columns, ScalarType dtype) -> int");
+  // first, first + step, ..., as packed_linear_ reads them. packed: [panels, 64 (K + K % 2)], in any of the float dtypes.
   m.def("pack_weight_(Tensor(a!) packed, Tensor weight, int first, int step) -> ()");
   // out (+)= activation(norm(x) W^T + bias). x: [N, K], out: [N, rows of W], fp32. norm: 0 none, 1 RMS, 2 layer norm.
   // activation: 0 none, 1 silu, 2 gelu, 3 gelu by tanh. gated: panels alternate between gate and up, bias holds first the

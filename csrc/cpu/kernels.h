@@ -13,6 +13,8 @@ enum DType { kFloat32, kBFloat16, kFloat16 };
 enum KlEstimator { kK1, kK2, kK3, kAbs };
 enum MaskMode { kCarry, kZero, kNone };
 enum DpoVariant { kDpoSigmoid, kDpoRobust, kDpoHinge, kDpoIpo };
+enum Norm { kNoNorm, kRmsNorm, kLayerNorm };
+enum Activation { kIdentity, kSilu, kGelu, kGeluByTanh };
 enum Aggregation { kTokenMean, kSeqMeanTokenSum, kSeqMeanTokenMean };
 
 constexpr int64_t kIgnored = -100;
@@ -113,6 +115,73 @@ struct FullKlArgs {
   const float* grad;
   void* grad_logits;      // contiguous; null: not wanted
   void* grad_ref_logits;  // likewise
+};
+
+// Linear layers of few rows. A panel holds kPackedRows rows of a weight in the order of kernels/packed_linear.cpp.
+constexpr int64_t kPackedRows = 64;
+
+struct PackArgs {
+  const void* weight;
+  int64_t weight_stride, rows, columns;
+  DType dtype, packed_dtype;
+  void* packed;
+  int64_t panel_size, first, step;  // panel_size in elements
+};
+
+struct PackedLinearArgs {
+  const float* x;
+  int64_t x_stride, rows, columns;
+  void* left;  // the rows as the product takes them
+  const void* packed;
+  int64_t panel_size;
+  DType dtype;
+  const float* bias;         // null: none
+  int norm;
+  const float* norm_weight;  // null: 1
+  const float* norm_bias;    // null: 0
+  float eps;
+  int activation;
+  bool gated, adds;
+  float* out;
+  int64_t out_stride, width;  // width: columns of out
+};
+
+// Positions of a page of the KV cache.
+constexpr int64_t kPage = 16;
+
+struct AttentionArgs {
+  const float* qkv;
+  int64_t qkv_stride;
+  void* keys;    // [pages][kv_heads][head_dim][kPage]
+  void* values;  // [pages][kv_heads][kPage][head_dim]
+  DType dtype;
+  const int32_t* pages;
+  int64_t pages_stride;
+  const int64_t* sequence;
+  const int64_t* position;
+  const float* cos;  // [positions][rotary]; null: no rotation, as sin
+  const float* sin;
+  int64_t rotary;  // half of the elements that are rotated
+  const float* q_norm;  // null: none
+  const float* k_norm;
+  float scale, softcap, eps;
+  int64_t window;  // 0: all
+  int64_t heads, kv_heads, head_dim;
+  float* out;
+};
+
+struct SampleArgs {
+  const void* logits;
+  const int64_t* row_offset;
+  int64_t vocabulary;
+  DType dtype;
+  float temperature, top_p, min_p;  // temperature 0: the most likely token
+  int64_t top_k;
+  const int64_t* seed;
+  const int64_t* sequence;
+  const int64_t* position;
+  int64_t* tokens;  // -1 for a row without a distribution
+  float* log_probs;
 };
 
 // [rows, columns] cut into units of at most `length` columns. A unit is summed by one thread, units are added up in
@@ -253,6 +322,12 @@ struct Kernels {
   void (*narrow)(const NarrowArgs&, int64_t begin, int64_t end);                   // elements
   void (*full_kl)(const FullKlArgs&, int64_t begin, int64_t end);
   void (*full_kl_backward)(const FullKlArgs&, int64_t begin, int64_t end);
+  void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);            // panels
+  void (*packed_rows)(const PackedLinearArgs&, int64_t begin, int64_t end);    // rows
+  void (*packed_linear)(const PackedLinearArgs&, int64_t begin, int64_t end);  // panels of out
+  void (*cache_rows)(const AttentionArgs&, int64_t begin, int64_t end);        // rows
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end);         // rows times kv_heads
+  void (*sample)(const SampleArgs&, int64_t begin, int64_t end);               // rows
   void (*kl)(const KlArgs&, int64_t begin, int64_t end);
   void (*gae)(const GaeArgs&, int64_t begin, int64_t end);
   void (*rollout)(const RolloutArgs&, int64_t begin, int64_t end);

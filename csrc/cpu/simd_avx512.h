@@ -140,6 +140,32 @@ FASTRLHF_INLINE Vec later_lanes(Vec a, Vec after) {
 }
 FASTRLHF_INLINE Vec broadcast_first(Vec a) { return _mm512_broadcastss_ps(_mm512_castps512_ps128(a.v)); }
 
+// to[j][i] = from[i][j] of 16 x 16 numbers of 32 bits.
+FASTRLHF_INLINE void transpose_16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(from) + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + 2 + k]);
+      a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + 2 + k]);
+    }
+  // a[i + c] has, in its 128-bit lane l, column 4 l + c of rows i .. i + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
+    const __m512i high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+    b[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    b[4 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    b[8 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    b[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+  for (int j = 0; j < 16; ++j) _mm512_storeu_si512(static_cast<uint32_t*>(to) + j * to_stride, b[j]);
+}
+
 constexpr int kBytes = 64;
 FASTRLHF_INLINE int count_bytes(const uint8_t* from) {
   const __m512i bytes = _mm512_loadu_si512(from);

@@ -12,10 +12,11 @@
 // results depend neither on the threads nor on where chunks begin.
 
 #include <math.h>
-#include <stdlib.h>
 
 #include "../kernels.h"
 #include "../simd.h"
+#include "activations.h"
+#include "buffer.h"
 #include "product.h"
 #include "row_sums.h"
 #include "tables.h"
@@ -30,20 +31,6 @@ constexpr int64_t kHiddenBlock = kLmHiddenBlock;
 constexpr float kLowest = -3.4028235e38f;
 
 static_assert(kTokens % kLmPadding == 0 && kLmPadding % kPanel == 0, "a block of tokens is made of panels");
-
-template <class E>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<E*>(aligned_alloc(64, (n * sizeof(E) + 64) / 64 * 64))) {
-    if (data_ == nullptr) abort();  // no exception leaves a parallel region
-  }
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  E* data() { return data_; }
-
- private:
-  E* data_;
-};
 
 // ------------------------------------------------------------------------------------------ into elements of a product
 
@@ -149,11 +136,6 @@ void multiply_tile(const LmHeadArgs& a, const typename P::Element* weight, int64
     ahead.blocks = rows / kRows;
   }
   multiply<P>({weight, weight_stride<P>(a), 1, tokens, kPanel, depth, z, stride, false, ahead}, rows);
-}
-
-FASTRLHF_INLINE Vec tanh_of(Vec x) {
-  const Vec e = exp_parts(clamp(x + x, -40.0f, 40.0f), true).minus_one;  // +-1 there already
-  return e / (e + Vec(2.0f));
 }
 
 // Bias and softcap, in place.

@@ -5,7 +5,8 @@
 // on the steps alone, not on the rows or columns beside it: that keeps a token's result from depending on the batch.
 //
 // An element is one fp32 number, or, where the processor multiplies bf16, a pair of bf16 numbers that follow each other
-// along the summed dimension; a pair's products are added one after the other, unrounded before the addition.
+// along the summed dimension; a pair's products are added one after the other, unrounded before the addition. Where it
+// does not, B may still lie in 16 bits, for half the memory to read.
 #pragma once
 
 #include "../simd.h"
@@ -27,7 +28,8 @@ constexpr int kPanel = kVectors * kWidth;
 constexpr int kSteps = 512;  // after so many, sums go to memory: 128 KiB of a panel stay in L2 for the next rows
 
 struct Single {
-  using Element = float;
+  using Element = float;  // of B
+  using Left = float;     // of A
   using Operand = Vec;
   static constexpr int kDepth = 1;  // numbers in an element
   FASTRLHF_INLINE Operand broadcast(const Element* from) { return Vec(*from); }
@@ -35,9 +37,21 @@ struct Single {
   FASTRLHF_INLINE Vec add(Operand a, Operand b, Vec sum) { return fma(a, b, sum); }
 };
 
+template <class T>
+struct Widened {
+  using Element = T;
+  using Left = float;
+  using Operand = Vec;
+  static constexpr int kDepth = 1;
+  FASTRLHF_INLINE Operand broadcast(const Left* from) { return Vec(*from); }
+  FASTRLHF_INLINE Operand load_operand(const Element* from) { return load(from); }
+  FASTRLHF_INLINE Vec add(Operand a, Operand b, Vec sum) { return fma(a, b, sum); }
+};
+
 #if defined(FASTRLHF_CAPABILITY_AVX512_BF16)
 struct Pair {
   using Element = uint32_t;  // the first of the two in the lower bits
+  using Left = uint32_t;
   using Operand = __m512i;
   static constexpr int kDepth = 2;
   FASTRLHF_INLINE Operand broadcast(const Element* from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
@@ -59,7 +73,7 @@ struct Ahead {
 // not null, lies like C and is what comes after it.
 template <class P>
 struct Product {
-  const typename P::Element* a;
+  const typename P::Left* a;
   int64_t a_row, a_step;
   const typename P::Element* b;
   int64_t b_step, steps;

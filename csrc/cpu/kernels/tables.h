@@ -17,6 +17,12 @@
   void narrow(const NarrowArgs&, int64_t begin, int64_t end);                             \
   void full_kl(const FullKlArgs&, int64_t begin, int64_t end);                            \
   void full_kl_backward(const FullKlArgs&, int64_t begin, int64_t end);                   \
+  void pack_weight(const PackArgs&, int64_t begin, int64_t end);                          \
+  void packed_rows(const PackedLinearArgs&, int64_t begin, int64_t end);                  \
+  void packed_linear(const PackedLinearArgs&, int64_t begin, int64_t end);                \
+  void cache_rows(const AttentionArgs&, int64_t begin, int64_t end);                      \
+  void attention(const AttentionArgs&, int64_t begin, int64_t end);                       \
+  void sample(const SampleArgs&, int64_t begin, int64_t end);                             \
   void kl(const KlArgs&, int64_t begin, int64_t end);                                     \
   void gae(const GaeArgs&, int64_t begin, int64_t end);                                   \
   void rollout(const RolloutArgs&, int64_t begin, int64_t end);                           \
