@@ -36,6 +36,7 @@ TRITON = {  # module of fastrlhf.kernels: the ops it holds, under their own name
     "masked": ("masked_mean", "masked_whiten"),
     "losses": ("ppo_loss", "value_loss"),
     "preferences": ("pairwise_reward_loss", "dpo_loss"),
+    "sampling": ("sample_tokens",),
 }
 
 

@@ -34,12 +34,11 @@ from ._rows import (
     _which_chunks,
 )
 
-DIGIT = 2  # bits that a read of the row settles: as many thresholds as a read has time for
 LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}  # of a key that tell no two logits apart
 TILES = UNROLL * STEPS  # of a chunk
+DRAW_WARPS = 8  # a chunk lies in their registers
 PARTS = 32  # chunks of a row that are looked at together
 
-_DIGIT = tl.constexpr(DIGIT)
 _TILES = tl.constexpr(TILES)
 _PARTS = tl.constexpr(PARTS)
 _PART = _rows._PART
@@ -194,7 +193,7 @@ def _filter_kernel(
     stride: tl.int64,
     scale: tl.float32,  # log2(e) / T
     top_k: tl.int32,  # V or more: all
-    top_p: tl.float32,  # 1 or more: all
+    top_p: tl.float64,  # 1 or more: all
     distance: tl.float64,  # at most that far below the largest, -T log(min_p)
     GRANULE: tl.constexpr,
     LANES: tl.constexpr,
@@ -204,15 +203,15 @@ def _filter_kernel(
     """The least logit that stays, and the mass of what stays in each chunk, which is a turn of the loops here."""
     n = tl.program_id(0)
     parts = parts_ptr + n.to(tl.int64) * splits * _PART
-    m, _, _ = _merge_parts(parts_ptr, n, splits, scale, ENTROPY=False)
+    m = _merge_parts(parts_ptr, n, splits, scale, ENTROPY=False)[0]
     row = logits_ptr + n.to(tl.int64) * stride
     aligned, skip = _aligned_down(row, GRANULE)
     least = tl.full([], float("-inf"), tl.float32)
     for by_mass in range(0, 2):
         if tl.where(by_mass == 0, top_k < V, top_p < 1.0):
             key = tl.full([], 0, tl.uint32)
-            digit = tl.full([], 1 << (32 - _DIGIT), tl.uint32)
-            for _ in range(0, (32 - LOW_BITS) // _DIGIT):
+            digit = tl.full([], 1 << 30, tl.uint32)  # two bits at a time: three thresholds hide behind the read
+            for _read in range(0, (32 - LOW_BITS) // 2):
                 a, b, c = _logit_of(key + digit), _logit_of(key + 2 * digit), _logit_of(key + 3 * digit)
                 if skip == 0:
                     total, from_a, from_b, from_c = _weights_from(
@@ -222,10 +221,10 @@ def _filter_kernel(
                     total, from_a, from_b, from_c = _weights_from(
                         row, splits, V, m, least, scale, by_mass == 1, a, b, c, 1, LANES, ROLL
                     )
-                wanted = tl.where(by_mass == 1, top_p.to(tl.float64) * total, top_k.to(tl.float64))
+                wanted = tl.where(by_mass == 1, top_p * total, top_k)
                 enough = (from_a >= wanted).to(tl.uint32) + (from_b >= wanted) + (from_c >= wanted)
                 key += digit * enough
-                digit = digit >> _DIGIT
+                digit = digit >> 2
             least = tl.maximum(least, _logit_of(key))
     bound = m.to(tl.float64) - distance
     rounded = bound.to(tl.float32)
@@ -339,7 +338,7 @@ def _draw_kernel(
 def _check(logits, keys, temperature, top_p, min_p, top_k):
     """What the kernels trust, for raw calls: the public function has looked at more."""
     if logits.dim() != 2 or logits.dtype not in LOW_BITS or logits.shape[1] == 0:
-        raise ValueError(f"logits: got {tuple(logits.shape)}, {logits.dtype}, wanted [B, V] in fp32, bf16 or fp16, V > 0")
+        raise ValueError(f"logits: got {tuple(logits.shape)}, {logits.dtype}, wanted [B, V > 0], fp32, bf16 or fp16")
     _rows.check_layout("logits", logits)
     for name, x in keys.items():
         if x.shape != logits.shape[:1] or x.dtype != torch.int64:
@@ -356,8 +355,8 @@ def sample_tokens(logits, seed, sequence, position, numbers, top_k):
 
     logits: [B, V], fp32, bf16 or fp16; any row stride. seed, sequence, position: [B], int64, on the same device.
     numbers: [3], in CPU memory: temperature (0: the most likely token, whose log-prob is given at 1), top_p, min_p.
-    Returns tokens [B], int64, and log_probs [B], fp32, with the bits of token_log_probs; of a row without a distribution
-    some token, and nan.
+    Returns tokens [B], int64, and log_probs [B], fp32, with the bits of token_log_probs; for a row without a
+    distribution some token, and nan.
     """
     temperature, top_p, min_p = numbers.tolist()
     _check(logits, {"seed": seed, "sequence": sequence, "position": position}, temperature, top_p, min_p, top_k)
@@ -372,7 +371,7 @@ def sample_tokens(logits, seed, sequence, position, numbers, top_k):
     temperature = temperature or 1.0
     tile, scale = _rows.constants(logits), LOG2_E / temperature
     splits = triton.cdiv(V, tile["LANES"] * TILES)
-    granule, wide = _rows.granule(logits), _rows.NUM_WARPS * STEPS
+    granule = _rows.granule(logits)
     place = (V, splits, logits.stride(0))
     with _rows.on_device_of(logits):
         parts = _rows.new_parts(rows, splits, log_probs)
@@ -390,7 +389,7 @@ def sample_tokens(logits, seed, sequence, position, numbers, top_k):
                 -temperature * math.log(min_p) if min_p else math.inf,
                 GRANULE=granule,
                 LOW_BITS=LOW_BITS[logits.dtype],
-                **tile | {"LANES": tile["LANES"] * STEPS, "num_warps": wide},
+                **tile | {"LANES": tile["LANES"] * STEPS, "num_warps": _rows.NUM_WARPS * STEPS},
             )
         _draw_kernel[(rows,)](
             logits,
@@ -405,7 +404,7 @@ def sample_tokens(logits, seed, sequence, position, numbers, top_k):
             int(greedy),
             int(filtered),
             LANES=tile["LANES"],
-            num_warps=wide,
+            num_warps=DRAW_WARPS,
             enable_fp_fusion=False,
         )
     return tokens, log_probs
