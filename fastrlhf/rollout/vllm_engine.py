@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from fastrlhf.rollout.stopping import stop_tokens
 from fastrlhf.rollout.types import FinishReason, Rollout, RolloutInterrupted, SamplingParams, check_prompts, new_seed
 
 EXTENSION = "fastrlhf.rollout.vllm_engine.WorkerExtension"
@@ -57,8 +60,9 @@ class VLLMEngine:
     `update_weights` gives vLLM the weights that the model has now and drops its cache of prefixes. A colocated vLLM
     copies them tensor by tensor; a server reads a safetensors file, as its own transfer backends need GPUs.
 
-    Raises ImportError where vllm is missing, ValueError for options that cannot be met, ConnectionError for a server
-    that doesn't answer or was started otherwise.
+    Raises ImportError where vllm is missing, ValueError for options that cannot be met and for a model that vLLM would
+    run by transformers' classes, changed for all in the process (GPT-NeoX), RuntimeError for a second one colocated,
+    ConnectionError for a server that doesn't answer or was started otherwise.
     """
 
     def __init__(
@@ -92,6 +96,10 @@ class VLLMEngine:
         """
         self.backend.update_weights(checkpoint_weights(self.model))
 
+    def close(self) -> None:
+        """Ends a colocated vLLM and gives back its memory. The engine is of no use afterwards."""
+        self.backend.close()
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -115,13 +123,21 @@ class VLLMEngine:
             self.backend.run([r for r in requests if r.room], self._arguments(sampling), sampling.batch_size, results)
         except KeyboardInterrupt as interrupt:
             finished = sorted(results)
-            rollout = _rollout([requests[i] for i in finished], [results[i] for i in finished])
+            rollout = self._rollout([requests[i] for i in finished], [results[i] for i in finished])
             raise RolloutInterrupted(rollout, finished) from interrupt
-        return _rollout(requests, [results[request.index] for request in requests])
+        return self._rollout(requests, [results[request.index] for request in requests])
+
+    def _rollout(self, requests: list[_Request], results: list[_Result]) -> Rollout:
+        log_probs = [log_prob for result in results for log_prob in result.log_probs]
+        return Rollout(
+            [request.prompt for request in requests],
+            [result.tokens for result in results],
+            [result.finish_reason for result in results],
+            torch.tensor(log_probs, dtype=torch.float32, device=next(self.model.parameters()).device),
+        )
 
     def _arguments(self, sampling: SamplingParams) -> Callable[[_Request], dict[str, Any]]:
         """What a request says, in the names that vllm.SamplingParams and /v1/completions share."""
-        eos = self.tokenizer.eos_token_id
         common = {
             "temperature": 0.0 if sampling.greedy else 1.0,
             "top_k": sampling.top_k,
@@ -133,7 +149,7 @@ class VLLMEngine:
             "frequency_penalty": 0.0,
             # vLLM's own EOS are those of the model's configurations, as it was started with.
             "ignore_eos": True,
-            "stop_token_ids": sorted({*sampling.stop_token_ids, *([] if eos is None else [eos])}),
+            "stop_token_ids": sorted(stop_tokens(self.tokenizer, sampling)),
             "stop": list(sampling.stop),
             "skip_special_tokens": False,
             "logprobs": 0,
@@ -161,15 +177,6 @@ class _Result:
     finish_reason: FinishReason
 
 
-def _rollout(requests: list[_Request], results: list[_Result]) -> Rollout:
-    return Rollout(
-        [request.prompt for request in requests],
-        [result.tokens for result in results],
-        [result.finish_reason for result in results],
-        torch.tensor([log_prob for result in results for log_prob in result.log_probs], dtype=torch.float32),
-    )
-
-
 def request_seed(seed: int, number: int) -> int:
     """In [0, 2^63), far apart for numbers side by side: vLLM's `n` adds 1, which two prompts' seeds may be apart by."""
     return int.from_bytes(hashlib.blake2b(f"{seed},{number}".encode(), digest_size=8).digest(), "little") >> 1
@@ -177,6 +184,8 @@ def request_seed(seed: int, number: int) -> int:
 
 class _Colocated:
     """A vLLM in this process."""
+
+    alive: weakref.ref[_Colocated] | None = None
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
         try:
@@ -190,6 +199,10 @@ class _Colocated:
         for name in ("worker_extension_cls", "logprobs_mode", "tensor_parallel_size", "pipeline_parallel_size"):
             if name in options:
                 raise ValueError(f'{name} cannot be chosen for mode="colocated"; a server may have several GPUs')
+        # The process groups of vLLM are global: the end of one, whenever it is collected, would take the other's.
+        gc.collect()
+        if _Colocated.alive is not None and _Colocated.alive() is not None:
+            raise RuntimeError('mode="colocated": this process has a vLLM already, and can have one; close() it first')
         base = without_adapters(model)
         parameter = next(base.parameters())
         memory = (
@@ -215,15 +228,23 @@ class _Colocated:
                 **chosen,
             )
         if changed:
+            self.close()
             raise ValueError(
                 f"vLLM has no {config.architectures[0]} of its own: it runs transformers' and changes "
-                f"{', '.join(sorted(cls.__name__ for cls in changed))} for all in this process (undone); give the URL of "
-                "a server as mode"
+                f"{', '.join(sorted(cls.__name__ for cls in changed))} for all in this process, which was undone; give "
+                "the URL of a server as mode"
             )
+        _Colocated.alive = weakref.ref(self)
         self.context = int(self._call("fastrlhf_describe")["context"])
         self.sampling_params = vllm.SamplingParams
         self.only_final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.count = 0
+
+    def close(self) -> None:
+        if hasattr(self, "llm"):
+            self.llm.llm_engine.engine_core.shutdown()
+            del self.llm
+            _Colocated.alive = None
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self.llm.collective_rpc(method, args=arguments)[0]
@@ -250,10 +271,10 @@ class _Colocated:
             try:
                 while (request is not None or running) and not interrupted.is_set():
                     while request is not None and len(running) < batch_size:
+                        said = arguments(request)
                         params = self.sampling_params(
-                            **arguments(request), output_kind=self.only_final, flat_logprobs=True, detokenize=False
+                            **said, detokenize=bool(said["stop"]), flat_logprobs=True, output_kind=self.only_final
                         )
-                        params.detokenize = bool(params.stop)
                         name = str(self.count)
                         self.count += 1
                         engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
@@ -283,6 +304,9 @@ class _Server:
         self.name = self._request("/v1/models")["data"][0]["id"]
         self.folder = tempfile.TemporaryDirectory(prefix="fastrlhf-weights-", dir=transfer_dir)
         self.version = 0
+
+    def close(self) -> None:
+        self.folder.cleanup()
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -441,8 +465,8 @@ def _merge(module: nn.Module, prefix: str, weights: dict[str, Tensor], seen: set
 def _process_as_it_was() -> Iterator[None]:
     """Makes vLLM's engine core in this process, and takes back what that does to the process besides.
 
-    vLLM seeds all generators, takes torch's threads down to one, and on CPU puts something else at the place of
-    torch.set_num_threads.
+    vLLM seeds all generators, takes torch's threads down to one, on CPU puts something else at the place of
+    torch.set_num_threads, and keeps all there is, itself included, from the garbage collector.
     """
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
     variable, set_num_threads, threads = os.environ.get(name), torch.set_num_threads, torch.get_num_threads()
@@ -456,6 +480,7 @@ def _process_as_it_was() -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+        gc.unfreeze()
         if variable is None:
             del os.environ[name]
         else:
