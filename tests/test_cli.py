@@ -291,7 +291,7 @@ class TestEndToEnd:
         AutoModelForCausalLM.from_pretrained("out-ppo")
         AutoTokenizer.from_pretrained("out-ppo")
         logged = [json.loads(line) for line in Path("out-ppo/metrics.jsonl").read_text().splitlines()]
-        assert (logged[0]["val/ratio"], logged[0]["policy/approxkl_avg"]) == (1, 0)
+        assert logged[0]["rollout/logprob_gap_max"] <= 2e-5
 
     def test_lora(self, tmp_path):
         model = save_tiny_model(tmp_path / "model")

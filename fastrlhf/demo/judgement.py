@@ -17,7 +17,7 @@ from fastrlhf.demo.recipe import Recipe
 from fastrlhf.demo.stages import model_options
 from fastrlhf.demo.workspace import Workspace
 from fastrlhf.rewards import RewardModel
-from fastrlhf.rollout import Rollout, SamplingParams, TransformersEngine
+from fastrlhf.rollout import NativeEngine, Rollout, SamplingParams
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 # VADER's own threshold for a positive text.
@@ -30,7 +30,7 @@ def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> di
     prompts = data.eval_prompts["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(workspace.stage_folder("ppo"))
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    sampling = SamplingParams(recipe.response_length)
+    sampling = SamplingParams(recipe.response_length, seed=recipe.seed + 1)
     rollouts, texts = {}, {}
     log_probs: dict[str, torch.Tensor] = {}
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", model_options()["dtype"]
@@ -40,8 +40,7 @@ def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> di
 
     for policy in ("sft", "ppo"):
         model = load(policy)
-        torch.manual_seed(recipe.seed + 1)
-        rollouts[policy] = TransformersEngine(model, tokenizer).generate(prompt_ids, sampling)
+        rollouts[policy] = NativeEngine(model, tokenizer).generate(prompt_ids, sampling)
         texts[policy] = rollouts[policy].texts(tokenizer)
         if policy == "ppo":
             log_probs["ppo"] = response_log_probs(model, rollouts["ppo"], tokenizer.pad_token_id)

@@ -1,11 +1,13 @@
 """What turns prompts into sampled responses."""
 
 from fastrlhf.rollout.architectures import NotDrivenError
+from fastrlhf.rollout.engines import ENGINES, create_engine
 from fastrlhf.rollout.native_engine import NativeEngine
 from fastrlhf.rollout.transformers_engine import TransformersEngine
 from fastrlhf.rollout.types import Rollout, RolloutEngine, RolloutInterrupted, SamplingParams
 
 __all__ = [
+    "ENGINES",
     "NativeEngine",
     "NotDrivenError",
     "Rollout",
@@ -13,4 +15,5 @@ __all__ = [
     "RolloutInterrupted",
     "SamplingParams",
     "TransformersEngine",
+    "create_engine",
 ]

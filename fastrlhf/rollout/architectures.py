@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Affine(NamedTuple):
     bias: Tensor | None
 
 
-Weights = Callable[[], Affine]  # read when they are needed: the model is in training
+# Read when they are needed, the module too: the model is in training, and peft puts its own modules in place of others.
+Weights = Callable[[], Affine]
 
 
 @dataclass
@@ -94,8 +96,8 @@ class NotDrivenError(ValueError):
 
     def __init__(self, model: nn.Module, why: str) -> None:
         super().__init__(
-            f"model: the native rollout engine cannot drive {type(model).__name__}: {why}. Use the engine 'transformers' "
-            "(rollout_engine='transformers' in PPOConfig), which calls the model's own generate"
+            f"model: the native rollout engine cannot drive {type(model).__name__}: {why}. Use the engine "
+            "'transformers' (rollout_engine='transformers' in PPOConfig), which calls the model's own generate"
         )
 
 
@@ -109,7 +111,8 @@ def linear_weights(model: nn.Module, module: nn.Module) -> Affine:
         return _with_lora(model, module)
     if type(module) is Conv1D:
         return _plain(model, module.weight.T, module.bias)
-    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+    # A subclass with a forward of its own, a quantised one say, makes something else of its weight.
+    if type(module).forward is not nn.Linear.forward or not module.weight.is_floating_point():
         raise NotDrivenError(model, f"it has a {type(module).__module__}.{type(module).__name__} for a linear layer")
     return _plain(model, module.weight, module.bias)
 
@@ -117,11 +120,15 @@ def linear_weights(model: nn.Module, module: nn.Module) -> Affine:
 def _plain(model: nn.Module, weight: Tensor, bias: Tensor | None) -> Affine:
     if isinstance(weight, DTensor):
         raise NotDrivenError(model, "its weights are sharded over devices")
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise NotDrivenError(model, f"it has a {type(weight).__module__}.{type(weight).__name__} for a weight")
     return Affine(weight.detach(), None if bias is None else bias.detach())
 
 
 def _with_lora(model: nn.Module, layer: LoraLinear) -> Affine:
     """W + s B A in fp32, where an adapter is at work."""
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its own forward does
     base = linear_weights(model, layer.get_base_layer())
     if layer.disable_adapters or layer.merged:
         return base
@@ -131,7 +138,8 @@ def _with_lora(model: nn.Module, layer: LoraLinear) -> Affine:
             continue
         if name in layer.lora_variant:
             raise NotDrivenError(model, f"it has a {type(layer.lora_variant[name]).__name__} of peft")
-        weight = weight + layer.get_delta_weight(name).float()
+        delta = layer.get_delta_weight(name).float()
+        weight = weight + (delta.T if layer.fan_in_fan_out else delta)
         more = layer.lora_B[name].bias
         if more is not None:
             more = layer.scaling[name] * more.detach().float()
@@ -148,14 +156,18 @@ def specification(model: PreTrainedModel) -> ModelSpec:
     return known(model)
 
 
-def _norm(model: nn.Module, module: nn.Module | None, kind: str = "rms", plus_one: bool = False) -> NormSpec | None:
-    if module is None:
-        return None
+def _linear(model: nn.Module, parent: nn.Module, path: str) -> Weights:
+    return lambda: linear_weights(model, attrgetter(path)(parent))
+
+
+def _norm(model: nn.Module, parent: nn.Module, path: str, kind: str = "rms", plus_one: bool = False) -> NormSpec:
+    module = attrgetter(path)(parent)
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     if eps is None:
         raise NotDrivenError(model, f"its {type(module).__name__} has no eps")
 
     def weights() -> Affine:
+        module = attrgetter(path)(parent)
         weight, bias = module.weight, getattr(module, "bias", None)
         return _plain(model, weight.float() + 1 if plus_one else weight, bias)
 
@@ -182,39 +194,36 @@ def _llama_like(model: PreTrainedModel, plus_one: bool = False, post_norms: bool
     """Llama and the architectures that differ from it by norms, biases, windows and caps."""
     config, trunk = model.config, model.model
 
-    def weights(module: nn.Module) -> Weights:
-        return lambda: linear_weights(model, module)
-
-    def norm(module: nn.Module | None) -> NormSpec | None:
-        return _norm(model, module, plus_one=plus_one)
+    def norm(parent: nn.Module, path: str) -> NormSpec:
+        return _norm(model, parent, path, plus_one=plus_one)
 
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     by_kind = isinstance(getattr(trunk.rotary_emb, "rope_type", None), dict)  # Gemma 3 has other angles in its windows
     layers = []
     for layer, kind in zip(trunk.layers, kinds, strict=True):
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         window = getattr(attention, "sliding_window", None)
         if config.model_type == "mistral":
             window = config.sliding_window
         layers.append(
             LayerSpec(
-                norm=norm(layer.input_layernorm),
-                qkv=[weights(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)],
-                output=weights(attention.o_proj),
-                mlp_norm=norm(layer.pre_feedforward_layernorm if post_norms else layer.post_attention_layernorm),
-                gate=weights(mlp.gate_proj),
-                up=weights(mlp.up_proj),
-                down=weights(mlp.down_proj),
+                norm=norm(layer, "input_layernorm"),
+                qkv=[_linear(model, layer, f"self_attn.{name}_proj") for name in "qkv"],
+                output=_linear(model, layer, "self_attn.o_proj"),
+                mlp_norm=norm(layer, "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm"),
+                gate=_linear(model, layer, "mlp.gate_proj"),
+                up=_linear(model, layer, "mlp.up_proj"),
+                down=_linear(model, layer, "mlp.down_proj"),
                 activation=_activation(model, activation),
                 scale=attention.scaling,
                 window=window or 0,
                 softcap=getattr(attention, "attn_logit_softcapping", None),
                 rope=kind if by_kind else "all",
-                q_norm=norm(getattr(attention, "q_norm", None)),
-                k_norm=norm(getattr(attention, "k_norm", None)),
-                post_attention_norm=norm(layer.post_attention_layernorm) if post_norms else None,
-                post_mlp_norm=norm(layer.post_feedforward_layernorm) if post_norms else None,
+                q_norm=norm(layer, "self_attn.q_norm") if hasattr(attention, "q_norm") else None,
+                k_norm=norm(layer, "self_attn.k_norm") if hasattr(attention, "k_norm") else None,
+                post_attention_norm=norm(layer, "post_attention_layernorm") if post_norms else None,
+                post_mlp_norm=norm(layer, "post_feedforward_layernorm") if post_norms else None,
             )
         )
     probe = torch.empty(0)
@@ -228,7 +237,7 @@ def _llama_like(model: PreTrainedModel, plus_one: bool = False, post_norms: bool
     return ModelSpec(
         embed=lambda tokens, positions: model.get_input_embeddings()(tokens),
         layers=layers,
-        final_norm=norm(trunk.norm),
+        final_norm=norm(trunk, "norm"),
         kv_heads=config.num_key_value_heads,
         head_dim=trunk.layers[0].self_attn.head_dim,
         hidden_size=config.hidden_size,
@@ -244,21 +253,15 @@ def _gpt2(model: PreTrainedModel) -> ModelSpec:
     if config.add_cross_attention:
         raise NotDrivenError(model, "it has cross attention")
 
-    def weights(module: nn.Module) -> Weights:
-        return lambda: linear_weights(model, module)
-
-    def norm(module: nn.Module) -> NormSpec:
-        return _norm(model, module, "layer")
-
     layers = [
         LayerSpec(
-            norm=norm(block.ln_1),
-            qkv=[weights(block.attn.c_attn)],
-            output=weights(block.attn.c_proj),
-            mlp_norm=norm(block.ln_2),
+            norm=_norm(model, block, "ln_1", "layer"),
+            qkv=[_linear(model, block, "attn.c_attn")],
+            output=_linear(model, block, "attn.c_proj"),
+            mlp_norm=_norm(model, block, "ln_2", "layer"),
             gate=None,
-            up=weights(block.mlp.c_fc),
-            down=weights(block.mlp.c_proj),
+            up=_linear(model, block, "mlp.c_fc"),
+            down=_linear(model, block, "mlp.c_proj"),
             activation=_activation(model, config.activation_function),
             scale=block.attn.scaling,
             rope=None,
@@ -268,7 +271,7 @@ def _gpt2(model: PreTrainedModel) -> ModelSpec:
     return ModelSpec(
         embed=lambda tokens, positions: trunk.wte(tokens) + trunk.wpe(positions),
         layers=layers,
-        final_norm=norm(trunk.ln_f),
+        final_norm=_norm(model, trunk, "ln_f", "layer"),
         kv_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
         hidden_size=config.n_embd,
@@ -282,33 +285,27 @@ def _gpt_neox(model: PreTrainedModel) -> ModelSpec:
     config, trunk = model.config, model.gpt_neox
     heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
-    def weights(module: nn.Module) -> Weights:
-        return lambda: linear_weights(model, module)
-
-    def qkv(module: nn.Module) -> Weights:
+    def qkv(layer: nn.Module) -> Weights:
         """Its rows lie as [heads][q, k, v][head_dim]."""
 
         def reordered(x: Tensor) -> Tensor:
             return x.unflatten(0, (heads, 3, head_dim)).transpose(0, 1).flatten(0, 2)
 
         def read() -> Affine:
-            weight, bias = linear_weights(model, module)
+            weight, bias = linear_weights(model, layer.attention.query_key_value)
             return Affine(reordered(weight), None if bias is None else reordered(bias))
 
         return read
 
-    def norm(module: nn.Module) -> NormSpec:
-        return _norm(model, module, "layer")
-
     layers = [
         LayerSpec(
-            norm=norm(layer.input_layernorm),
-            qkv=[qkv(layer.attention.query_key_value)],
-            output=weights(layer.attention.dense),
-            mlp_norm=norm(layer.post_attention_layernorm),
+            norm=_norm(model, layer, "input_layernorm", "layer"),
+            qkv=[qkv(layer)],
+            output=_linear(model, layer, "attention.dense"),
+            mlp_norm=_norm(model, layer, "post_attention_layernorm", "layer"),
             gate=None,
-            up=weights(layer.mlp.dense_h_to_4h),
-            down=weights(layer.mlp.dense_4h_to_h),
+            up=_linear(model, layer, "mlp.dense_h_to_4h"),
+            down=_linear(model, layer, "mlp.dense_4h_to_h"),
             activation=_activation(model, config.hidden_act),
             scale=layer.attention.scaling,
             parallel=config.use_parallel_residual,
@@ -319,7 +316,7 @@ def _gpt_neox(model: PreTrainedModel) -> ModelSpec:
     return ModelSpec(
         embed=lambda tokens, positions: model.get_input_embeddings()(tokens),
         layers=layers,
-        final_norm=norm(trunk.final_layer_norm),
+        final_norm=_norm(model, trunk, "final_layer_norm", "layer"),
         kv_heads=heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,

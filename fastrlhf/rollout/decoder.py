@@ -69,8 +69,8 @@ class Decoder:
     def __call__(self, tokens: Tensor, sequence: Tensor, position: Tensor, pages: Tensor) -> Tensor:
         """What stands before the final norm at each of the rows [N, H].
 
-        tokens: [N]. sequence: [N], rows of `pages`. position: [N], each token's place in its sequence; all places before
-        it have come earlier, or come in the same call. pages: [sequences, most pages of one], int32.
+        tokens: [N]. sequence: [N], rows of `pages`. position: [N], each token's place in its sequence; all places
+        before it have come earlier, or come in the same call. pages: [sequences, most pages of one], int32.
         """
         x = self.spec.embed(tokens, position)
         x = x.float() if self.packed else x.to(self.dtype)
@@ -89,7 +89,7 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raises NotDrivenError if the model itself gives other logits: its configuration may have what we don't know."""
+        """Raises NotDrivenError if the model gives other logits: its configuration may have what is not known here."""
         length = min(PAGE + 3, self.spec.context or PAGE + 3)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.spec.vocabulary, (length,), generator=generator).to(self.device)

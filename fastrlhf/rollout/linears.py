@@ -46,7 +46,7 @@ class Norm:
 
 
 class Linear:
-    """activation(norm(x) W^T + bias), W the weights one below the other; gated: activation(gate) times up, W being both.
+    """activation(norm(x) W^T + bias), W the weights one below the other; gated: activation(gate) up, of the two in W.
 
     `update` reads the weights anew. A call takes x [N, K] and gives [N, rows], or adds it to `residual` and gives that.
     """

@@ -18,9 +18,9 @@ from fastrlhf.rollout.types import Rollout, RolloutInterrupted, SamplingParams, 
 class NativeEngine:
     """Samples responses from a causal language model of transformers with kernels and a decoding loop of fastrlhf.
 
-    Finished responses leave the batch and waiting prompts take their place; equal prompts are computed once. On CPU, what
-    a response is does not depend on the batch it was in, to the bit. `generate` reads the model's weights each time, so
-    it always samples from the model as it is.
+    Finished responses leave the batch and waiting prompts take their place; equal prompts are computed once. On CPU,
+    what a response is does not depend on the batch it was in, to the bit. `generate` reads the model's weights each
+    time, so it always samples from the model as it is.
 
     model: Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, GPT-2 or GPT-NeoX, with or without LoRA adapters of peft.
     tokenizer: its eos_token ends a response.
@@ -42,6 +42,8 @@ class NativeEngine:
         self.tokenizer = tokenizer
         self.kv_cache_bytes = kv_cache_bytes
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if base is not model and model.active_peft_config.is_prompt_learning:
+            raise NotDrivenError(model, "its adapter is a learned prompt, not a change of its linear layers")
         dtype = dtype or next(base.parameters()).dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise NotDrivenError(base, f"its weights are {dtype}")
@@ -74,8 +76,8 @@ class NativeEngine:
     ) -> Rollout:
         """As `RolloutEngine.generate`. hidden: give the last hidden states too.
 
-        A response that would outgrow the model's context ends there, for "length". Raises MemoryError, with the numbers,
-        if the KV cache does not fit. Ctrl-C raises RolloutInterrupted with what was finished.
+        A response that would outgrow the model's context ends there, for "length". Raises MemoryError, with the
+        numbers, if the KV cache does not fit. Ctrl-C raises RolloutInterrupted with what was finished.
         """
         check_prompts(prompts, sampling, seeds, self.decoder.spec.vocabulary, self.decoder.spec.context)
         requests = self._requests(prompts, sampling, seeds)
@@ -85,9 +87,9 @@ class NativeEngine:
             pages = self._pages(prompts, sampling, running)
             self.decoder.update()
             longest = max(len(r.prefix.prompt) + r.limit for r in running)
-            self.decoder.allocate(pages, longest)
             stop = Stop(self.tokenizer, sampling)
             try:
+                self.decoder.allocate(pages, longest)
                 DecodingLoop(self.decoder, running, sampling, stop, pages, states).run()
             except KeyboardInterrupt as interrupt:
                 done = [request for request in requests if request.finish_reason is not None]
@@ -120,17 +122,18 @@ class NativeEngine:
             pages, most = min(wanted, self.kv_cache_bytes) // size, max(r.pages_needed for r in running) + 1
             if pages < most:
                 raise MemoryError(
-                    f"kv_cache_bytes={self.kv_cache_bytes} holds {pages} pages of {size} bytes; one prompt with its response "
-                    f"needs {most}. Raise it to {most * size}, or lower max_new_tokens={sampling.max_new_tokens}"
+                    f"kv_cache_bytes={self.kv_cache_bytes} holds {pages} pages of {size} bytes; one prompt with its "
+                    f"response needs {most}. Raise it to {most * size}, or lower max_new_tokens="
+                    f"{sampling.max_new_tokens}"
                 )
             return pages
         device = self.decoder.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if wanted > free:
             raise MemoryError(
-                f"the KV cache of {sampling.batch_size} responses at a time with max_new_tokens={sampling.max_new_tokens} "
-                f"takes {wanted / 2**30:.2f} GiB, of {free / 2**30:.2f} GiB that are free. Lower batch_size or max_new_tokens, "
-                "or give the engine kv_cache_bytes, so that fewer run at a time"
+                f"the KV cache of {sampling.batch_size} responses at a time with max_new_tokens="
+                f"{sampling.max_new_tokens} takes {wanted / 2**30:.2f} GiB, of {free / 2**30:.2f} GiB that are free. "
+                "Lower batch_size or max_new_tokens, or give the engine kv_cache_bytes, so that fewer run at a time"
             )
         return wanted // size
 

@@ -48,11 +48,14 @@ class ActorCritic(TokenScorer):
         """Log-probs, entropies and values [n], fp32, of `tokens` [n]; the value is of the state before the token. With
         `loss`, the pair that it returns, and the values."""
         scores, hidden = self.score(input_ids, positions, tokens, temperature, loss)
-        return *scores, self._values(hidden, input_ids, positions)
+        return *scores, self.values_of(hidden) if self.value_model is None else self.values(input_ids, positions)
 
-    def _values(self, hidden: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        if self.value_model is None:
-            return self.value_head(hidden.float()).squeeze(-1)
+    def values_of(self, hidden: Tensor) -> Tensor:
+        """The value head's, of the policy's last hidden states [n, H]."""
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def values(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """The value model's, at the positions."""
         states = self.value_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         states = states.flatten(0, 1).index_select(0, positions)
         return _score_head(self.value_model)(states).squeeze(-1).float()

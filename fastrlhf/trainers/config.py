@@ -7,6 +7,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from fastrlhf.rollout import ENGINES
+
 
 def _positive(args: object, *names: str) -> None:
     for name in names:
@@ -89,6 +91,21 @@ class PPOConfig(TrainingArguments):
     )
     response_length: int = field(default=128, metadata={"help": "Most tokens of a response."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probs in the loss."})
+    rollout_engine: Literal["native", "transformers", "vllm"] = field(
+        default="native",
+        metadata={
+            "help": "What samples the responses: native decodes with kernels of fastrlhf, transformers calls the "
+            "model's generate, for architectures that native does not know, vllm needs the package vllm."
+        },
+    )
+    rollout_weight_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "For an engine whose numerics are not the trainer's: weigh each token's loss by the ratio of the "
+            "trainer's probability to the engine's, at most this (truncated importance sampling, Yao et al. 2025). "
+            "Old log-probs then come from a forward of the trainer; without it, from the engine."
+        },
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function; 1 each when not given."}
     )
@@ -140,6 +157,9 @@ class PPOConfig(TrainingArguments):
         _one_of(self, "reward_normalization", ("none", "batch", "running"))
         _one_of(self, "kl_estimator", ("k1", "k2", "k3", "abs"))
         _one_of(self, "lm_head", LM_HEADS)
+        _one_of(self, "rollout_engine", ENGINES)
+        if self.rollout_weight_clip is not None:
+            _positive(self, "rollout_weight_clip")
 
     @property
     def micro_batch_size(self) -> int:

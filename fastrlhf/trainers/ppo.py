@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +31,13 @@ from fastrlhf.loading import (
     with_adapter,
 )
 from fastrlhf.rewards import RewardError, Rewards, RunningNormalizer, normalize
-from fastrlhf.rollout import Rollout, SamplingParams, TransformersEngine
+from fastrlhf.rollout import NativeEngine, Rollout, SamplingParams, create_engine
+from fastrlhf.rollout.types import new_seed
 from fastrlhf.trainers.actor_critic import ActorCritic
 from fastrlhf.trainers.base import ScorerTrainer
 from fastrlhf.trainers.checkpoints import is_complete
 from fastrlhf.trainers.config import PPOConfig
-from fastrlhf.trainers.ppo_metrics import rollout_metrics, update_metrics
+from fastrlhf.trainers.ppo_metrics import gap_metrics, gap_metrics_of, rollout_metrics, update_metrics
 from fastrlhf.trainers.ppo_targets import Targets, ppo_targets
 from fastrlhf.trainers.token_scorer import TokenScorer
 
@@ -110,7 +112,9 @@ class PPOTrainer(ScorerTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        self.engine = TransformersEngine(self.scorer.model, tokenizer)
+        # Autocast computes in its own dtype, and so does an engine that is to give the trainer's log-probs.
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.engine = create_engine(args.rollout_engine, self.scorer.model, tokenizer, dtype)
         self.sampling = SamplingParams(args.response_length, args.temperature, batch_size=args.rollout_batch_size)
         self.rewards = Rewards(reward_funcs, args.reward_weights, tokenizer).to(args.device)
         self.reward_normalizer = RunningNormalizer()
@@ -122,28 +126,44 @@ class PPOTrainer(ScorerTrainer):
         """One PPO iteration on a batch of prompts. The Trainer makes the last optimiser step; returns the mean loss."""
         args = self.args
         with self.timed("rollout"):
-            rollout = self.engine.generate([row["prompt_ids"] for row in inputs], self.sampling)
+            rollout = self.rollout([row["prompt_ids"] for row in inputs])
         with self.timed("reward"):
             scores, each = self.scores(inputs, rollout)
         with self.timed("reference"):
             batches = self.micro_batches(rollout)
-            log_probs, entropy, values = self.score_rollout(model, rollout, batches)
+            log_probs, values, weights = self.score_rollout(model, rollout, batches)
             ref_log_probs = self.reference_log_probs(rollout, batches)
         targets = ppo_targets(
-            self.normalized(scores), log_probs, ref_log_probs, values, rollout.mask.to(args.device), args
+            self.normalized(scores), log_probs, ref_log_probs, values, rollout.mask.to(args.device), args, weights
         )
-        self.record(**rollout_metrics(rollout, scores, each, entropy, targets, args.kl_coef))
+        self.record(**rollout_metrics(rollout, scores, each, targets, args.kl_coef))
 
         with self.timed("update"):
             losses = []
             for mini_batch in self.mini_batches(batches):
                 if losses:
                     self.optimizer_step(model)
-                losses.append(self.update(model, mini_batch, targets))
+                loss, stats = self.update(model, mini_batch, targets)
+                if not losses and weights is None:  # the policy is still the one that sampled
+                    self.record(**gap_metrics(stats))
+                losses.append(loss)
         return torch.stack(losses).mean()
 
-    def update(self, model: nn.Module, mini_batch: list[ScoredBatch], targets: Targets) -> Tensor:
-        """Gradients of policy and value loss over a mini-batch, one micro-batch at a time; returns the loss."""
+    def rollout(self, prompts: list[list[int]]) -> Rollout:
+        """Responses of the policy as it is, other ones on each device."""
+        self.engine.update_weights()
+        sampling = replace(self.sampling, seed=(new_seed() + self.args.process_index) % 2**63)
+        if isinstance(self.engine, NativeEngine):
+            return self.engine.generate(prompts, sampling, hidden=self.scorer.value_model is None)
+        return self.engine.generate(prompts, sampling)
+
+    def update(
+        self, model: nn.Module, mini_batch: list[ScoredBatch], targets: Targets
+    ) -> tuple[Tensor, list[tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]]]:
+        """Gradients of policy and value loss over a mini-batch, one micro-batch at a time.
+
+        Returns the loss, and what `update_metrics` takes.
+        """
         args = self.args
         model.train()
         tokens = torch.tensor(float(sum(batch.tokens.numel() for batch in mini_batch)), device=args.device)
@@ -158,27 +178,32 @@ class PPOTrainer(ScorerTrainer):
             losses.append(loss.detach())
             stats.append((batch.tokens.numel() / tokens, policy_stats, value_loss, value_stats))
         self.record(**update_metrics(stats))
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(), stats
 
     def losses(
         self, model: nn.Module, batch: ScoredBatch, targets: Targets, denominator: Tensor
     ) -> tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]:
         """Policy loss and value loss of a micro-batch, as parts of sums over `denominator` tokens, with statistics."""
         args, mask = self.args, torch.ones_like(batch.tokens)
+        old_log_probs = batch.take(targets.log_probs)
         policy_loss, policy_stats, values = model(
             batch.input_ids,
             batch.positions,
             batch.tokens,
             args.temperature,
             loss=lambda tokens: tokens.ppo_loss(
-                batch.take(targets.log_probs),
+                old_log_probs,
                 batch.take(targets.advantages),
                 mask,
                 clip_low=args.cliprange,
                 clip_high=args.cliprange,
+                weights=None if targets.weights is None else batch.take(targets.weights),
                 advantage_stats=targets.advantage_stats,
                 entropy_coef=args.entropy_coef,
                 denominator=denominator,
+                # For the statistics: how far the policy is from the old one, |log ratio| on average.
+                ref_log_probs=old_log_probs,
+                kl_estimator="abs",
             ),
         )
         value_loss, value_stats = F.value_loss(
@@ -227,8 +252,8 @@ class PPOTrainer(ScorerTrainer):
     def micro_batches(self, rollout: Rollout) -> list[ScoredBatch]:
         """The rollout in batches of similar length, one forward each.
 
-        They are cut once: old log-probs and every epoch's run on the same shapes, so the ratio starts at exactly 1. A
-        mini-batch is a random choice of micro-batches; where the two are of one size, it holds one class of length.
+        They are cut once, so that every forward over a response runs on the same shapes. A mini-batch is a random choice
+        of micro-batches; where the two are of one size, it holds one class of length.
         """
         size = self.args.micro_batch_size
         order = sorted(range(len(rollout)), key=lambda i: len(rollout.prompts[i]) + len(rollout.responses[i]))
@@ -249,16 +274,31 @@ class PPOTrainer(ScorerTrainer):
     @torch.no_grad()
     def score_rollout(
         self, model: nn.Module, rollout: Rollout, batches: list[ScoredBatch]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropies and values [B, T] of every response token under the policy as it is."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Old log-probs and values [B, T] of every response token, and the importance weights [B, T] of its loss.
+
+        From the engine, as far as it gives them; what is left takes a forward, of the policy or of the value model.
+        """
+        clip = self.args.rollout_weight_clip
+        sampled = rollout.padded(rollout.log_probs.to(self.args.device))
+        if clip is None and rollout.hidden is not None:
+            return sampled, rollout.padded(self.scorer.values_of(rollout.hidden)), None
         model.train()  # as in the update, so that both run the same code
-        results = torch.zeros(3, len(rollout), int(rollout.lengths.max()), device=self.args.device)
+        log_probs, values = torch.zeros_like(sampled), torch.zeros_like(sampled)
         for batch in batches:
             with self.accelerator.autocast():
+                if clip is None and self.scorer.value_model is not None:
+                    batch.put(values, self.scorer.values(batch.input_ids, batch.positions))
+                    continue
                 scored = model(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
-            for x, values in zip(results, scored, strict=True):
-                batch.put(x, values)
-        return tuple(results)
+            batch.put(log_probs, scored[0])
+            batch.put(values, scored[2])
+        if clip is None:
+            return sampled, values, None
+        mask = rollout.mask.bool().to(self.args.device)
+        gap = log_probs - sampled
+        self.record(**gap_metrics_of(gap[mask]))
+        return log_probs, values, gap.exp().clamp(max=clip)
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout, batches: list[ScoredBatch]) -> Tensor:
@@ -299,14 +339,14 @@ class PPOTrainer(ScorerTrainer):
         if "prompt_ids" not in dataset.column_names:
             dataset = prepare_prompts(dataset, self.processing_class, self.args.max_prompt_length)
         rows = list(dataset)
-        rollout = self.engine.generate([row["prompt_ids"] for row in rows], self.sampling)
+        rollout = self.rollout([row["prompt_ids"] for row in rows])
         batches = self.micro_batches(rollout)
-        log_probs, entropy, values = self.score_rollout(self.model, rollout, batches)
+        log_probs, values, _ = self.score_rollout(self.model, rollout, batches)
         ref_log_probs = self.reference_log_probs(rollout, batches)
         scores, each = self.scores(rows, rollout)
         mask = rollout.mask.to(self.args.device)
         targets = ppo_targets(scores, log_probs, ref_log_probs, values, mask, self.args)
-        measured = rollout_metrics(rollout, scores, each, entropy, targets, self.args.kl_coef)
+        measured = rollout_metrics(rollout, scores, each, targets, self.args.kl_coef)
         metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -16,7 +16,7 @@ class Targets:
 
     log_probs, values: [B, T], of the policy that sampled. kl: [B], of each response to the reference, in nats.
     advantages, returns: [B, T]. advantage_stats: [2], what the advantages are whitened with, or None if they are not.
-    mask: [B, T], 1 = a token.
+    mask: [B, T], 1 = a token. weights: [B, T], of each token in the policy's loss, or None for 1.
     """
 
     log_probs: Tensor
@@ -26,10 +26,17 @@ class Targets:
     returns: Tensor
     advantage_stats: Tensor | None
     mask: Tensor
+    weights: Tensor | None = None
 
 
 def ppo_targets(
-    scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, mask: Tensor, args: PPOConfig
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    args: PPOConfig,
+    weights: Tensor | None = None,
 ) -> Targets:
     """KL penalty at every token, score [B] at the response's last (its EOS, if it has one), GAE, whitening."""
     target = F.rollout_advantages(
@@ -44,4 +51,4 @@ def ppo_targets(
         lam=args.lam,
     )
     stats = target.advantage_stats if args.whiten_advantages else None
-    return Targets(log_probs, values, target.kl, target.advantages, target.returns, stats, mask)
+    return Targets(log_probs, values, target.kl, target.advantages, target.returns, stats, mask, weights)
