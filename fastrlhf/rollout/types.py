@@ -53,6 +53,8 @@ class SamplingParams:
             raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1]")
+        if self.seed is not None:
+            _check_seed("seed", self.seed)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -91,7 +93,7 @@ class Rollout:
     @property
     def lengths(self) -> Tensor:
         """Tokens in each response [B], EOS included."""
-        return torch.tensor([len(response) for response in self.responses])
+        return torch.tensor([len(response) for response in self.responses], dtype=torch.long)
 
     @property
     def tokens(self) -> Tensor:
@@ -107,7 +109,7 @@ class Rollout:
     def mask(self) -> Tensor:
         """[B, T], 1 at the tokens of each response, in fp32."""
         lengths = self.lengths
-        return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
+        return (torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]).float()
 
     def padded(self, packed: Tensor) -> Tensor:
         """[B, T, ...] of packed [N, ...], with 0 where the mask is 0."""
@@ -172,10 +174,18 @@ def check_prompts(
             raise ValueError(f"prompts[{i}] has a token outside the vocabulary of {vocabulary}")
         if context is not None and len(prompt) > context:
             raise ValueError(f"prompts[{i}] has {len(prompt)} tokens, more than the model's context of {context}")
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts")
+    if seeds is not None:
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts")
+        for i, seed in enumerate(seeds):
+            _check_seed(f"seeds[{i}]", seed)
     if any(token < 0 or token >= vocabulary for token in sampling.stop_token_ids):
         raise ValueError(f"stop_token_ids={sampling.stop_token_ids} has a token outside the vocabulary of {vocabulary}")
+
+
+def _check_seed(name: str, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name}={seed} must be in [0, 2^63)")
 
 
 def new_seed() -> int:
