@@ -252,8 +252,8 @@ class PPOTrainer(ScorerTrainer):
     def micro_batches(self, rollout: Rollout) -> list[ScoredBatch]:
         """The rollout in batches of similar length, one forward each.
 
-        They are cut once, so that every forward over a response runs on the same shapes. A mini-batch is a random choice
-        of micro-batches; where the two are of one size, it holds one class of length.
+        They are cut once, so that every forward over a response runs on the same shapes. A mini-batch is a random
+        choice of micro-batches; where the two are of one size, it holds one class of length.
         """
         size = self.args.micro_batch_size
         order = sorted(range(len(rollout)), key=lambda i: len(rollout.prompts[i]) + len(rollout.responses[i]))

@@ -37,6 +37,15 @@ FASTRLHF_INLINE int64_t left_stride(int64_t columns) {
 // ------------------------------------------------------------------------------------------------------------- packing
 
 
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
 template <class T, class E>
 void convert_row(const T* from, int64_t n, E* to) {
   for (int64_t i = 0; i < n; i += kWidth) {
@@ -54,10 +63,11 @@ template <class U>
 void transpose(const U* from, int64_t stride, int64_t steps, U* to) {
 #if defined(FASTRLHF_CAPABILITY_AVX512)
   if (sizeof(U) == 4) {
-    int64_t s = 0;
-    for (; s + 16 <= steps; s += 16)
-      for (int r = 0; r < kPanel; r += 16) transpose_16(from + r * stride + s, stride, to + s * kPanel + r, kPanel);
-    for (; s < steps; ++s)
+    // Few rows at a time: the processor follows no more than that many streams ahead.
+    for (int r = 0; r < kPanel; r += 16)
+      for (int64_t s = 0; s + 16 <= steps; s += 16)
+        transpose_16(from + r * stride + s, stride, to + s * kPanel + r, kPanel);
+    for (int64_t s = steps / 16 * 16; s < steps; ++s)
       for (int r = 0; r < kPanel; ++r) to[s * kPanel + r] = from[r * stride + s];
     return;
   }
@@ -74,15 +84,21 @@ void pack(const PackArgs& a, int64_t begin, int64_t end) {
   memset(rows.data(), 0, kPanel * stride * sizeof(E));
   for (int64_t panel = begin; panel < end; ++panel)
     for (int64_t sub = 0; sub < kSubPanels; ++sub) {
-      for (int64_t r = 0; r < kPanel; ++r) {
-        const int64_t row = panel * kPackedRows + sub * kPanel + r;
-        E* to = rows.data() + r * stride;
-        if (row < a.rows)
-          convert_row(static_cast<const T*>(a.weight) + row * a.weight_stride, a.columns, to);
-        else
-          memset(to, 0, a.columns * sizeof(E));
-      }
+      const int64_t first_row = panel * kPackedRows + sub * kPanel;
       E* to = static_cast<E*>(a.packed) + (a.first + panel * a.step) * a.panel_size + sub * depth * P::kDepth * kPanel;
+      const T* from = static_cast<const T*>(a.weight) + first_row * a.weight_stride;
+      if (Same<T, E>::value && first_row + kPanel <= a.rows && a.columns % P::kDepth == 0 &&
+          a.weight_stride % P::kDepth == 0) {
+        transpose(reinterpret_cast<const U*>(from), a.weight_stride / P::kDepth, depth, reinterpret_cast<U*>(to));
+        continue;
+      }
+      for (int64_t r = 0; r < kPanel; ++r) {
+        E* row = rows.data() + r * stride;
+        if (first_row + r < a.rows)
+          convert_row(from + r * a.weight_stride, a.columns, row);
+        else
+          memset(row, 0, a.columns * sizeof(E));
+      }
       transpose(reinterpret_cast<const U*>(rows.data()), stride / P::kDepth, depth, reinterpret_cast<U*>(to));
     }
 }
