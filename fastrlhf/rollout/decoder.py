@@ -71,6 +71,7 @@ class Decoder:
 
         tokens: [N]. sequence: [N], rows of `pages`. position: [N], each token's place in its sequence; all places
         before it have come earlier, or come in the same call. pages: [sequences, most pages of one], int32.
+        On CUDA nothing here waits for the device, so that a call can be captured in a graph.
         """
         x = self.spec.embed(tokens, position)
         x = x.float() if self.packed else x.to(self.dtype)

@@ -12,6 +12,7 @@ from fastrlhf import functional as F
 from fastrlhf.functional.decoding import PAGE
 from fastrlhf.rollout.decoder import Decoder
 from fastrlhf.rollout.kv_cache import PageAllocator, Prefix, pages_for
+from fastrlhf.rollout.step_graphs import StepGraphs
 from fastrlhf.rollout.stopping import Stop
 from fastrlhf.rollout.types import FinishReason, SamplingParams
 
@@ -50,7 +51,8 @@ class Request:
 class DecodingLoop:
     """From requests to responses. A step takes a token of each running response and the prompts of new ones.
 
-    states: a list that gets what each step sampled from, [rows, H] before the final norm; None keeps nothing.
+    pages: how many the cache has for responses; on CUDA there is one more. states: a list that gets what each step
+        sampled from, [rows, H] before the final norm; None keeps nothing.
     """
 
     def __init__(
@@ -70,7 +72,11 @@ class DecodingLoop:
         self.running: list[Request] = []
         slots = min(sampling.batch_size, len(requests))
         self.free_slots = list(range(slots - 1, -1, -1))
-        self.pages = torch.zeros(slots, max(r.pages_needed for r in requests), dtype=torch.int32)
+        # A row more, for the padding of graphs: it writes to a page that is nobody's.
+        width = max(r.pages_needed for r in requests)
+        self.pages = torch.zeros(slots + 1, width, dtype=torch.int32, device=decoder.device)
+        self.pages[slots] = pages
+        self.graphs = StepGraphs(decoder, self.pages) if decoder.device.type == "cuda" else None
 
     def run(self) -> None:
         """To the end; responses whose finish_reason is set are complete at any time."""
@@ -82,7 +88,7 @@ class DecodingLoop:
             rows = [*self.running, *new]
             tokens, log_probs = self._sample(x, rows)
             if self.states is not None:
-                self.states.append(x)
+                self.states.append(x.clone())  # the memory may be a graph's
             for row, (request, token, log_prob) in enumerate(zip(rows, tokens, log_probs, strict=True)):
                 request.add(token, log_prob, None if self.states is None else (len(self.states) - 1, row))
                 reason = self.stop.reason(request.tokens, request.limit)
@@ -115,7 +121,9 @@ class DecodingLoop:
                 prefix.pages = request.pages[: pages_for(len(prefix.prompt))]
                 self.allocator.hold(prefix.pages)
             request.slot = self.free_slots.pop()
-            self.pages[request.slot, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32)
+            self.pages[request.slot, : len(request.pages)] = torch.tensor(
+                request.pages, dtype=torch.int32, device=self.pages.device
+            )
             new.append(request)
         return new
 
@@ -133,13 +141,12 @@ class DecodingLoop:
             positions += range(len(prompt))
             last.append(len(tokens) - 1)
         x = None
-        if tokens:
+        if tokens and not computing and self.graphs is not None:
+            x = self.graphs(tokens, slots, positions)
+        elif tokens:
             device = self.decoder.device
-            table = self.pages[:, : pages_for(max(positions) + 1)].contiguous().to(device)
-            inputs = (torch.tensor(values, device=device) for values in (tokens, slots, positions))
-            x = self.decoder(*inputs, table)
-            if computing:
-                x = x[torch.tensor(last, device=device)]
+            x = self.decoder(*(torch.tensor(rows, device=device) for rows in (tokens, slots, positions)), self.pages)
+            x = x[torch.tensor(last, device=device)] if computing else x
         for row, request in enumerate(computing, start=len(self.running)):
             request.prefix.last = x[row]
         self._share(new)

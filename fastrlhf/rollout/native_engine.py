@@ -89,7 +89,7 @@ class NativeEngine:
             longest = max(len(r.prefix.prompt) + r.limit for r in running)
             stop = Stop(self.tokenizer, sampling)
             try:
-                self.decoder.allocate(pages, longest)
+                self.decoder.allocate(pages + (self.decoder.device.type == "cuda"), longest)
                 DecodingLoop(self.decoder, running, sampling, stop, pages, states).run()
             except KeyboardInterrupt as interrupt:
                 done = [request for request in requests if request.finish_reason is not None]
