@@ -5,6 +5,7 @@ from fastrlhf.rollout.engines import ENGINES, create_engine
 from fastrlhf.rollout.native_engine import NativeEngine
 from fastrlhf.rollout.transformers_engine import TransformersEngine
 from fastrlhf.rollout.types import Rollout, RolloutEngine, RolloutInterrupted, SamplingParams
+from fastrlhf.rollout.vllm_engine import VLLMEngine
 
 __all__ = [
     "ENGINES",
@@ -15,5 +16,6 @@ __all__ = [
     "RolloutInterrupted",
     "SamplingParams",
     "TransformersEngine",
+    "VLLMEngine",
     "create_engine",
 ]

@@ -98,6 +98,12 @@ class PPOConfig(TrainingArguments):
             "model's generate, for architectures that native does not know, vllm needs the package vllm."
         },
     )
+    rollout_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of the vLLM server that rollout_engine=vllm uses; without one, vLLM runs in the trainer."
+        },
+    )
     rollout_weight_clip: float | None = field(
         default=None,
         metadata={
@@ -158,6 +164,8 @@ class PPOConfig(TrainingArguments):
         _one_of(self, "kl_estimator", ("k1", "k2", "k3", "abs"))
         _one_of(self, "lm_head", LM_HEADS)
         _one_of(self, "rollout_engine", ENGINES)
+        if self.rollout_server is not None and self.rollout_engine != "vllm":
+            raise ValueError(f"rollout_server={self.rollout_server!r} needs rollout_engine='vllm'")
         if self.rollout_weight_clip is not None:
             _positive(self, "rollout_weight_clip")
 

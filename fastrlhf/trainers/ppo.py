@@ -114,7 +114,9 @@ class PPOTrainer(ScorerTrainer):
         )
         # Autocast computes in its own dtype, and so does an engine that is to give the trainer's log-probs.
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.engine = create_engine(args.rollout_engine, self.scorer.model, tokenizer, dtype)
+        self.engine = create_engine(
+            args.rollout_engine, self.scorer.model, tokenizer, dtype=dtype, server=args.rollout_server
+        )
         self.sampling = SamplingParams(args.response_length, args.temperature, batch_size=args.rollout_batch_size)
         self.rewards = Rewards(reward_funcs, args.reward_weights, tokenizer).to(args.device)
         self.reward_normalizer = RunningNormalizer()
