@@ -4,10 +4,10 @@
 #
 #   bench/gpu.sh [PART...]
 #
-# Without arguments every part runs: peers build tests log_probs lm_head losses advantages calls accuracy. Needs a
-# Python with a CUDA build of torch, a C++ compiler, pytest and rich; nothing is downloaded. PYTHON chooses the Python
-# (python3). Peers that it can import take part. Others can come along as wheels in bench/wheels/ (not in version
-# control), fetched elsewhere, for Python 3.12 say, with
+# Without arguments every part runs: peers build tests log_probs lm_head losses advantages calls accuracy rollout. Needs
+# a Python with a CUDA build of torch, a C++ compiler, pytest and rich, for the rollouts transformers and peft too;
+# nothing is downloaded. PYTHON chooses the Python (python3). Peers that it can import take part. Others can come along
+# as wheels in bench/wheels/ (not in version control), fetched elsewhere, for Python 3.12 say, with
 #
 #   cd bench/wheels && pip download --no-deps --python-version 3.12 --platform manylinux2014_x86_64 \
 #       --platform manylinux_2_28_x86_64 --platform manylinux1_x86_64 trl==1.12.0 verl==0.9.1 openrlhf==0.11.2 \
@@ -83,7 +83,9 @@ build() {
 }
 
 bench() {
-    PYTHONPATH=$PYTHONPATH:$PEERS "$PYTHON" -m fastrlhf bench kernels --device cuda --only "$1"
+    local families=(kernels --only "$1")
+    [[ $1 == rollout ]] && families=(rollout)
+    PYTHONPATH=$PYTHONPATH:$PEERS "$PYTHON" -m fastrlhf bench "${families[@]}" --device cuda
 }
 
 export PYTHON SITE PEERS
@@ -97,12 +99,13 @@ part "build" 240 bash -c build || exit 1
 # Only the files that hold such tests: others import what a bare machine does not have.
 mapfile -t WITH_GPU_TESTS < <(grep -l 'pytest.mark.gpu' tests/test_*.py)
 part "tests" 240 "$PYTHON" -m pytest -m gpu -p no:cacheprovider "${WITH_GPU_TESTS[@]}"
-part "log_probs" 270 bash -c "bench log_probs"
-part "lm_head" 270 bash -c "bench lm_head"
-part "losses" 150 bash -c "bench losses"
-part "advantages" 120 bash -c "bench advantages"
-part "calls" 90 bash -c "bench calls"
+part "log_probs" 220 bash -c "bench log_probs"
+part "lm_head" 230 bash -c "bench lm_head"
+part "losses" 120 bash -c "bench losses"
+part "advantages" 100 bash -c "bench advantages"
+part "calls" 80 bash -c "bench calls"
 part "accuracy" 60 bash -c "bench accuracy"
+part "rollout" 150 bash -c "bench rollout"
 
 printf '\n%s minutes\n' $(((SECONDS + 59) / 60))
 if ((${#FAILED[@]})); then

@@ -1,6 +1,7 @@
 """The physical limits, measured beside the contenders.
 
-What plain C++ loops need to move the bytes (limits.cpp), and for the LM head what its bare matrix products take.
+What plain C++ loops need to move the bytes (limits.cpp), for the LM head what its bare matrix products take, and for
+decoding the peak of a matrix product.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def read_once(*tensors: Tensor) -> Callable[[], float]:
     read = library().read_once
     parts = [(_pointer(x), ctypes.c_int64(x.numel() * x.element_size() // 4)) for x in tensors]
     threads = torch.get_num_threads()
-    return lambda: sum(read(pointer, n, threads) for pointer, n in parts)
+    # `tensors` is named so that they live as long as the function does.
+    return lambda keep=tensors: sum(read(pointer, n, threads) for pointer, n in parts)
 
 
 def read_read_write(x: Tensor) -> Callable[[], float]:
@@ -90,6 +92,12 @@ class Products:
                 torch.mm(self.logits.T, self.hidden, out=self.grad_weight)
 
         return Limit(f"{count} bare matrix product{'s' * (count > 1)}", run=run, flops=2 * count * size)
+
+
+def product(size: int, dtype: torch.dtype, device: str) -> Limit:
+    """A square matrix product as torch makes it, into memory that is there already."""
+    left, right, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    return Limit("a square product", run=lambda: torch.mm(left, right.T, out=out), flops=2 * size**3)
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:

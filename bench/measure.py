@@ -45,6 +45,9 @@ class Contender:
     work: Callable[[Any], Any]
     prepare: Callable[[], Any] = _nothing
     note: str = ""
+    holds: int = 0  # bytes that it keeps between calls: extra memory too
+    facts: Callable[[], dict[str, float]] = dict  # what else there is to say, found out after the timing
+    here: bool = True  # in this process, whose memory alone is measured
 
 
 @dataclass
@@ -55,6 +58,49 @@ class Limit:
     bytes: int = 0  # to move
     run: Callable[[], Any] | None = None
     flops: int = 0  # instead of bytes, where arithmetic is the measure
+
+    def contenders(self) -> dict[str, Contender]:
+        return {LIMIT: Contender(lambda _: self.run())} if self.run else {}
+
+    def record(self, times: dict[str, list[float]], calls: int, bandwidth: float | None) -> dict[str, Any]:
+        """As it goes into the JSON file. bandwidth: bytes per ms, where the limit is not a loop."""
+        record = {"what": self.what} | ({"flops": self.flops} if self.flops else {"bytes": self.bytes})
+        if LIMIT in times:
+            return record | summary(times[LIMIT], calls)
+        return record | ({"median_ms": self.bytes / bandwidth, "from": "copy bandwidth"} if bandwidth else {})
+
+
+@dataclass
+class Roofline:
+    """Of one call: the longer of what memory needs to move the bytes and what the products take at their peak.
+
+    reading: code that reads about as many bytes, or None where the bandwidth is known. products: by name, products of
+    which the fastest is the peak.
+    """
+
+    bytes: int
+    flops: int
+    reading: Limit | None
+    products: dict[str, Limit]
+
+    def contenders(self) -> dict[str, Contender]:
+        limits = dict(self.products) | ({"reading": self.reading} if self.reading else {})
+        return {f"{LIMIT}: {name}": Contender(lambda _, run=x.run: run()) for name, x in limits.items()}
+
+    def record(self, times: dict[str, list[float]], calls: int, bandwidth: float | None) -> dict[str, Any]:
+        """As Limit's; what the two sides take stands beside the longer one."""
+        medians = {name.removeprefix(f"{LIMIT}: "): summary(x)["median_ms"] for name, x in times.items()}
+        if self.reading:
+            bandwidth = self.reading.bytes / medians["reading"]
+        rates = {name: x.flops / medians[name] for name, x in self.products.items()}
+        fastest = max(rates, key=rates.get)
+        sides = {"bytes": self.bytes / bandwidth, "products": self.flops / rates[fastest]}
+        return {
+            "what": f"roofline: the {max(sides, key=sides.get)} take longer",
+            **{"bytes": self.bytes, "flops": self.flops, "median_ms": max(sides.values())},
+            **{f"{name}_ms": ms for name, ms in sides.items()},
+            **{"gb_s": bandwidth / 1e6, "gflop_s": rates[fastest] / 1e6, "peak": fastest},
+        }
 
 
 @dataclass
@@ -70,9 +116,11 @@ class Row:
     shape: str
     dtype: str
     contenders: dict[str, Contender | str]
-    limit: Limit | None = None
+    limit: Limit | Roofline | None = None
     targets: dict[str, float] = field(default_factory=dict)
     calls: int = 1  # how many calls `work` makes
+    tokens: float = 0  # that a call makes, where it makes tokens
+    seconds: float | None = None  # for each contender, instead of the setting's
 
 
 class Stopwatch:
@@ -146,41 +194,40 @@ def measure(row: Row, stopwatch: Stopwatch, seconds: float, bandwidth: float | N
     gc.collect()  # what the rows before left behind
     running = {name: x for name, x in row.contenders.items() if isinstance(x, Contender)}
     results: dict[str, Any] = {name: {"cannot": x} for name, x in row.contenders.items() if isinstance(x, str)}
-    limit = row.limit
-    timed = dict(running)
-    if limit and limit.run:
-        timed[LIMIT] = Contender(lambda _: limit.run())
-    times, failed = interleave(timed, stopwatch, seconds)
-    for name in timed:
+    limits = row.limit.contenders() if row.limit else {}
+    times, failed = interleave(running | limits, stopwatch, seconds if row.seconds is None else row.seconds)
+    for name, contender in running.items():
         if name in failed:
             results[name] = {"failed": failed[name]}
             continue
-        ordered = sorted(x / row.calls for x in times[name])
-        results[name] = {
-            "median_ms": ordered[len(ordered) // 2],
-            "min_ms": ordered[0],
-            "max_ms": ordered[-1],
-            "repetitions": len(ordered),
-        }
-        if name in running:
-            results[name] |= memory(running[name], stopwatch)
-            if row.calls == 1 and results[name]["median_ms"] < BRIEF_MS:
-                results[name] |= stopwatch.details(running[name].work, running[name].prepare)
-            if running[name].note:
-                results[name]["note"] = running[name].note
-    limit_result = results.pop(LIMIT, None)
+        results[name] = summary(times[name], row.calls)
+        if contender.here:
+            results[name] |= memory(contender, stopwatch)
+        if row.calls == 1 and results[name]["median_ms"] < BRIEF_MS:
+            results[name] |= stopwatch.details(contender.work, contender.prepare)
+        results[name] |= contender.facts()
+        if contender.note:
+            results[name]["note"] = contender.note
     record = {"op": row.op, "work": row.work, "shape": row.shape, "dtype": row.dtype, "targets": row.targets}
-    if limit:
-        if limit_result is None and bandwidth:
-            limit_result = {"median_ms": limit.bytes / bandwidth, "from": "copy bandwidth"}
-        size = {"flops": limit.flops} if limit.flops else {"bytes": limit.bytes}
-        record["limit"] = {"what": limit.what, **size, **(limit_result or {})}
+    if row.tokens:
+        record |= {"tokens": row.tokens, "calls": row.calls}
+    if row.limit:
+        wrong = [failed[name] for name in limits if name in failed]
+        of_limits = {name: times[name] for name in limits if name in times}
+        record["limit"] = {"failed": wrong[0]} if wrong else row.limit.record(of_limits, row.calls, bandwidth)
     order = [name for name in row.contenders if name in results]
     return record | {"results": {name: results[name] for name in order}}
 
 
+def summary(times: list[float], calls: int = 1) -> dict[str, float]:
+    """Of the times of `calls` calls each, in ms a call."""
+    ordered = sorted(x / calls for x in times)
+    median = ordered[len(ordered) // 2]
+    return {"median_ms": median, "min_ms": ordered[0], "max_ms": ordered[-1], "repetitions": len(ordered)}
+
+
 def memory(contender: Contender, stopwatch: Stopwatch) -> dict[str, float]:
-    """Peak memory of one call beyond what it was given and what it returns."""
+    """Peak memory of one call beyond what it was given and what it returns, and what it keeps between calls."""
     made = []
 
     def work(argument):
@@ -191,7 +238,8 @@ def memory(contender: Contender, stopwatch: Stopwatch) -> dict[str, float]:
     extra = stopwatch.extra_memory(work, argument)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors(made)}
     returned = sum(size for pointer, size in storages.items() if pointer not in given) / 2**20
-    return {"extra_mib": max(0.0, round(extra - returned, 3)), "returned_mib": round(returned, 3)}
+    extra = max(0.0, extra - returned) + contender.holds / 2**20
+    return {"extra_mib": round(extra, 3), "returned_mib": round(returned, 3)}
 
 
 def tensors(x: Any) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ FAMILIES = {
     "losses": "Losses",
 }
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
+ROLLOUT = "rollout"
 NOTHING = "No results are committed yet."
 
 
@@ -45,7 +46,7 @@ def performance_tables(folder: Path) -> str:
 
 
 def _of_device(folder: Path) -> list[str]:
-    families = (*FAMILIES, "calls", "accuracy")
+    families = (*FAMILIES, "calls", "accuracy", ROLLOUT)
     known = [*families, *(f"{name}-{variant}" for name in families for variant in VARIANTS)]
     found = {name: records.read(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()}
     usual = {name: found[name] for name in families if name in found}
@@ -68,7 +69,16 @@ def _of_device(folder: Path) -> list[str]:
         parts.append(f"Small inputs, where only the call costs:\n\n{calls(usual['calls'])}")
     if "accuracy" in usual:
         parts.append(f"Largest error against fp64, log-prob / entropy / gradient:\n\n{errors(usual['accuracy'])}")
+    if ROLLOUT in usual:
+        parts.append(f"{_of_rollouts(usual[ROLLOUT])}\n\n{family(usual[ROLLOUT])}")
     return parts
+
+
+def _of_rollouts(content: dict[str, Any]) -> str:
+    limits = [row["limit"] for row in content["rows"] if "peak" in row.get("limit", {})]
+    peaks = {f"{row['dtype']} {row['limit']['peak']}" for row in content["rows"] if "peak" in row.get("limit", {})}
+    about = f" (read at {limits[0]['gb_s']:.3g} GB/s; peak by {', '.join(sorted(peaks))})" if limits else ""
+    return f"Rollouts, the limit of a step being its roofline{about}. {_who(content['peers'])}"
 
 
 def _who(peers: dict[str, dict[str, str]]) -> str:
@@ -82,18 +92,22 @@ def _who(peers: dict[str, dict[str, str]]) -> str:
 
 def family(content: dict[str, Any]) -> str:
     """Ours in milliseconds and in units of the limit; every peer in units of ours. Missed targets in brackets."""
-    names = [name for name in content["peers"] if any(_ran(row, name) for row in content["rows"])]
-    names = [name for name in names if name != records.OURS]
+    everyone = dict.fromkeys([*content["peers"], *(name for row in content["rows"] for name in row["results"])])
+    names = [name for name in everyone if any(_ran(row, name) for row in content["rows"]) and name != records.OURS]
+    rates = ["tokens/s"] if any("tokens" in row for row in content["rows"]) else []
     lines = []
     for row in content["rows"]:
         ours = row["results"][records.OURS]
         targets = records.reached(row)
         cells = [report.time(ours["median_ms"]) if "median_ms" in ours else "failed"]
+        if rates:
+            there = "tokens" in row and "median_ms" in ours
+            cells.append(f"{report.tokens_per_second(row, ours):.0f}" if there else "")
         cells.append(_ratio(records.ratio_to_limit(row), targets.get("limit")))
         cells += [_ratio(records.ratio_to_ours(row, name), targets.get(name)) for name in names]
         cells.append(_ratio(ours.get("extra_mib"), targets.get("extra_mib"), ""))
         lines.append((f"{row['work']}, {row['shape']}, {row['dtype']}", *cells))
-    return table(["", "ours", "limit", *names, "MiB extra"], lines)
+    return table(["", "ours", *rates, "limit", *names, "MiB extra"], lines)
 
 
 def calls(content: dict[str, Any]) -> str:

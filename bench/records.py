@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 SCHEMA = 1
-AT_MOST = ("limit", "extra_mib", "us", "ms", "launches", "device_us")  # every other target is "at least", of a peer
+REPACKING = "repacking"  # a contender that makes ready what ours works on, and is to take less than it
+# Every other target is "at least", of a peer.
+AT_MOST = ("limit", "extra_mib", "us", "ms", "launches", "device_us", REPACKING)
 OURS = "ours"
 
 
@@ -107,7 +109,7 @@ def reached(row: dict[str, Any]) -> dict[str, tuple[float, float | None, bool | 
         elif key in ("us", "ms"):
             median = _median(ours)
             measured = None if median is None else median * (1e3 if key == "us" else 1.0)
-        elif key in AT_MOST:
+        elif key in AT_MOST and key != REPACKING:
             measured = ours.get(key)
         else:
             measured = ratio_to_ours(row, key)

@@ -8,6 +8,13 @@ from rich.table import Table
 
 from fastrlhf.bench import accuracy, records
 
+FACTS = {
+    "packed_mib": "MiB of packed weights",
+    "kv_mib": "MiB of KV cache",
+    "kernels_a_step": "kernels a step",
+    "launches_a_step": "launches a step",
+}
+
 
 def of_row(row: dict[str, Any]) -> Table:
     """All contenders of one row; below it, who cannot take part and why."""
@@ -18,7 +25,10 @@ def of_row(row: dict[str, Any]) -> Table:
     limit = row.get("limit", {})
     if "median_ms" in limit:
         spread = _spread(limit) if "min_ms" in limit else ""
-        table.add_row("limit", time(limit["median_ms"]), spread, "", "1.00", "", "", limit["what"])
+        what = limit["what"]
+        if "peak" in limit:
+            what += f" ({limit['gb_s']:.3g} GB/s; {limit['gflop_s']:.4g} GFLOP/s of {limit['peak']})"
+        table.add_row("limit", time(limit["median_ms"]), spread, "", "1.00", "", "", what)
     for name, result in row["results"].items():
         if "failed" in result:
             table.add_row(name, *[""] * 6, f"failed: {result['failed']}", style="red")
@@ -31,8 +41,8 @@ def of_row(row: dict[str, Any]) -> Table:
             str(result["repetitions"]),
             _number(records.ratio_to_limit(row, name)),
             _number(records.ratio_to_ours(row, name)),
-            f"{result['extra_mib']:.1f}",
-            ", ".join([*filter(None, [result.get("note")]), *_rates(row, result)]),
+            f"{result['extra_mib']:.1f}" if "extra_mib" in result else "",
+            ", ".join([*filter(None, [result.get("note")]), *_rates(row, name, result)]),
         )
     return table
 
@@ -45,7 +55,7 @@ def of_targets(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         for key, (wanted, measured, good) in records.reached(row).items():
             sign = "≤" if key in records.AT_MOST else "≥"
-            unit = "×" if key == "limit" or key not in records.AT_MOST else ""
+            unit = "×" if key in ("limit", records.REPACKING) or key not in records.AT_MOST else ""
             what = {"limit": "limit", "extra_mib": "MiB extra"}.get(key, key)
             verdict = {True: "reached", False: "[red]missed[/red]", None: "[dim]not measured[/dim]"}[good]
             size = f"{row['shape']} {row['dtype']}"
@@ -74,6 +84,10 @@ def time(ms: float) -> str:
     raise AssertionError
 
 
+def tokens_per_second(row: dict[str, Any], result: dict[str, Any]) -> float:
+    return 1e3 * row["tokens"] / result["median_ms"]
+
+
 def _spread(result: dict[str, float]) -> str:
     return f"{time(result['min_ms'])} to {time(result['max_ms'])}"
 
@@ -82,12 +96,15 @@ def _number(x: float | None) -> str:
     return "" if x is None else f"{x:.3g}"
 
 
-def _rates(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+def _rates(row: dict[str, Any], name: str, result: dict[str, Any]) -> list[str]:
     parts = []
+    if "tokens" in row and name != records.REPACKING:
+        parts.append(f"{tokens_per_second(row, result):.0f} tokens/s")
+    parts += [f"{result[key]:.4g} {title}" for key, title in FACTS.items() if key in result]
     if "launches" in result:
         parts.append(f"{result['launches']} launches, {result['device_us']:.3g} µs on the device")
     limit = row.get("limit", {})
-    if "flops" in limit:
+    if "flops" in limit and "bytes" not in limit:
         rate = limit["flops"] / result["median_ms"] / 1e6
         parts.append(f"{rate:.3g} GFLOP/s" if rate < 1000 else f"{rate / 1000:.3g} TFLOP/s")
     if limit.get("from") == "copy bandwidth":

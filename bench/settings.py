@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LongTail:
+    """Responses whose lengths vary widely."""
+
+    prompts: int = 128
+    batch: int = 32
+    least: int = 16  # tokens of a response
+    most: int = 256
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    model: str = "SmolLM2-135M-Instruct"  # a name in decoding_models.py
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 32  # tokens
+    new_tokens: int = 64
+    long_tail: LongTail | None = field(default_factory=LongTail)
+    samples: tuple[tuple[int, int], ...] = ((32, 49_152), (8, 151_936))  # rows x vocabulary
+    product: int = 2048  # rows and columns of the matrices whose product shows the peak
+    seconds: float = 8.0  # for each contender in a row of decoding: a call may take some
 
 
 @dataclass(frozen=True)
@@ -22,6 +44,7 @@ class Setting:
     # tokens x hidden size x vocabulary
     lm_heads: tuple[tuple[int, int, int], ...] = ((4096, 576, 49_152), (512, 2048, 32_000))
     lm_heads_of_ppo: tuple[tuple[int, int, int], ...] = ()  # for the row of the PPO loss alone
+    rollouts: Rollouts = field(default_factory=Rollouts)
 
     @property
     def on_cpu(self) -> bool:
@@ -39,10 +62,22 @@ FULL = {
         seconds=1.0,
         lm_heads=((4096, 4096, 131_072),),
         lm_heads_of_ppo=((8192, 4096, 151_936),),
+        rollouts=Rollouts("Qwen2-0.5B", (1, 8, 64, 256), long_tail=None, product=8192, seconds=2.0),
     ),
 }
 QUICK = {
-    device: Setting(device, 32, (49_152,), ((32, 128),), (16, 128), 20, FULL[device].dtypes, 0.05, ((64, 128, 8192),))
+    device: Setting(
+        *(device, 32, (49_152,), ((32, 128),), (16, 128), 20, FULL[device].dtypes, 0.05, ((64, 128, 8192),)),
+        rollouts=replace(
+            FULL[device].rollouts,
+            batches=(1, 8),
+            new_tokens=4,
+            long_tail=LongTail(8, 4, 2, 8),
+            samples=((8, 49_152),),
+            product=512,
+            seconds=0.0,
+        ),
+    )
     for device in FULL
 }
 TINY = Setting(
@@ -54,6 +89,7 @@ TINY = Setting(
     seconds=0.0,
     lm_heads=((12, 8, 100),),
     lm_heads_of_ppo=((6, 8, 50),),
+    rollouts=Rollouts("tiny", (1, 3), 5, 4, LongTail(6, 2, 2, 6), ((3, 1000),), 16, 0.0),
 )
 
 

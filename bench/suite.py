@@ -1,4 +1,4 @@
-"""`fastrlhf bench kernels`: runs the families, prints their tables and keeps the results."""
+"""`fastrlhf bench kernels` and `rollout`: runs the families, prints their tables and keeps the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastrlhf.bench import accuracy, advantages, calls, lm_head, log_probs, losses, records, report
+from fastrlhf.bench import accuracy, advantages, calls, lm_head, log_probs, losses, records, report, rollout
 from fastrlhf.bench.contests import OURS
 from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
 from fastrlhf.bench.measure import Stopwatch, keep_memory, measure
@@ -23,8 +23,11 @@ FAMILIES = {
     "advantages": advantages,
     "losses": losses,
     "calls": calls,
+    "rollout": rollout,
 }
 ACCURACY = "accuracy"
+ROLL_CALLS = {"rollout": rollout.roll_call}  # whose peers are others than those of the kernels
+SUITES = {"kernels": (*(name for name in FAMILIES if name not in ROLL_CALLS), ACCURACY), "rollout": ("rollout",)}
 
 
 def run(
@@ -37,7 +40,8 @@ def run(
     warm: bool = False,
 ) -> dict[str, Any]:
     """Measures one family into its file, row by row, so that a run cut short keeps what it has."""
-    content = {**records.environment(setting.device), "family": family, "peers": roll_call(), "complete": False}
+    who = ROLL_CALLS.get(family, roll_call)()
+    content = {**records.environment(setting.device), "family": family, "peers": who, "complete": False}
     if setting.on_cpu:
         content["outputs_in_warm_memory"] = warm
     if bandwidth:
@@ -63,10 +67,10 @@ def failures(content: dict[str, Any]) -> list[str]:
     return [f"{work}: {result['failed']}" for work, result in rows if "failed" in result]
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="fastrlhf bench kernels", description=_HELP, allow_abbrev=False)
+def main(suite: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"fastrlhf bench {suite}", description=_HELP[suite], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=(*FAMILIES, ACCURACY), default=(*FAMILIES, ACCURACY))
+    parser.add_argument("--only", nargs="+", choices=SUITES[suite], default=SUITES[suite])
     parser.add_argument("--quick", action="store_true", help="small inputs, few repetitions: does it all run?")
     parser.add_argument("--output", type=Path, default=None, help="folder for the results (bench/results of a clone)")
     options = parser.parse_args(arguments)
@@ -77,7 +81,7 @@ def main(arguments: list[str]) -> None:
     folder = (options.output or records.folder()) / records.slug(name)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
-    for peer, state in roll_call().items():
+    for peer, state in ROLL_CALLS.get(suite, roll_call)().items():
         console.print(f"  {peer:<14} {state.get('version') or state['missing']}", highlight=False)
 
     warm = setting.on_cpu and keep_memory()
@@ -92,8 +96,16 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"{len(failed)} of our own did not run: {'; '.join(failed)}")
 
 
-_HELP = """Times the ops beside eager PyTorch, torch.compile, the peers that are installed (`make bench` installs them)
-and the physical limit, which plain C++ loops (on a GPU: a copy; for the LM head: its bare matrix products) measure in
-the same run. Outputs are allocated by each contender in the call; inputs are warm, and on Linux so is the memory of
-outputs, because the process is told to keep what it frees. THP_MEM_ALLOC_ENABLE=1 and
-FASTRLHF_CPU_CAPABILITY=avx2|portable in the environment are measured as they are set, and name the file."""
+_HELP = {
+    "kernels": """Times the ops beside eager PyTorch, torch.compile, the peers that are installed (`make bench` installs
+them) and the physical limit, which plain C++ loops (on a GPU: a copy; for the LM head: its bare matrix products)
+measure in the same run. Outputs are allocated by each contender in the call; inputs are warm, and on Linux so is the
+memory of outputs, because the process is told to keep what it frees. THP_MEM_ALLOC_ENABLE=1 and
+FASTRLHF_CPU_CAPABILITY=avx2|portable in the environment are measured as they are set, and name the file.""",
+    "rollout": """Times the native rollout engine beside transformers.generate, vLLM (where FASTRLHF_VLLM_PYTHON names
+the Python of an environment that has it) and the roofline: a step of decoding SmolLM2-135M-Instruct (on a GPU, of a
+random model shaped like Qwen2-0.5B), responses of widely varying length, and drawing tokens from logits. A step is the
+time of a whole rollout, the prompts and the packing of the weights included, divided by its tokens. The roofline of a
+step is the longer of reading the weights and the cache once, at the bandwidth of a plain loop, and the products at the
+peak of a square one, all measured in the same run.""",
+}

@@ -14,7 +14,7 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   ppo       PPO of a language model against reward models and functions
   demo      the whole way on real human ratings, on a laptop
   env       versions, the machine, and which backend serves which op
-  bench     bench kernels: the ops beside their peers and the physical limit
+  bench     bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -112,11 +112,12 @@ def env(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    if argv[:1] != ["kernels"]:
-        raise ValueError(f"bench {' '.join(argv[:1]) or 'what?'}: wanted `bench kernels` (--help lists the flags)")
+    if argv[:1] not in (["kernels"], ["rollout"]):
+        what = " ".join(argv[:1]) or "what?"
+        raise ValueError(f"bench {what}: wanted `bench kernels` or `bench rollout` (--help lists the flags)")
     from fastrlhf.bench.suite import main as run
 
-    run(argv[1:])
+    run(*argv[:1], argv[1:])
 
 
 def _version(package: str) -> str:
