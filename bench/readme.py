@@ -78,7 +78,12 @@ def _of_rollouts(content: dict[str, Any]) -> str:
     limits = [row["limit"] for row in content["rows"] if "peak" in row.get("limit", {})]
     peaks = {f"{row['dtype']} {row['limit']['peak']}" for row in content["rows"] if "peak" in row.get("limit", {})}
     about = f" (read at {limits[0]['gb_s']:.3g} GB/s; peak by {', '.join(sorted(peaks))})" if limits else ""
-    return f"Rollouts, the limit of a step being its roofline{about}. {_who(content['peers'])}"
+    return (
+        f"Rollouts, the limit of a step being its roofline{about}. A step is the time of a whole rollout, prompts and "
+        "packing of the weights included, divided by its tokens; `step alone` is without those, `repacking` is packing "
+        "the weights once. Packed weights are counted in the MiB. Every response gets the tokens that it was told, and "
+        f"`transformers, sorted` knew them beforehand. {_who(content['peers'])}"
+    )
 
 
 def _who(peers: dict[str, dict[str, str]]) -> str:
