@@ -37,6 +37,7 @@ TRITON = {  # module of fastrlhf.kernels: the ops it holds, under their own name
     "losses": ("ppo_loss", "value_loss"),
     "preferences": ("pairwise_reward_loss", "dpo_loss"),
     "sampling": ("sample_tokens",),
+    "decoding": ("paged_attention",),
 }
 
 
