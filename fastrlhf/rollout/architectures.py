@@ -190,6 +190,11 @@ def _check_rope(model: nn.Module, rope_type: str) -> None:
         raise NotDrivenError(model, f"its rotary angles change with the length of the text (rope_type={rope_type!r})")
 
 
+def _like(positions: Tensor) -> Tensor:
+    """What tells a model's rotary embedding on which device its angles go, and that they are fp32."""
+    return torch.empty(0, dtype=torch.float32, device=positions.device)
+
+
 def _llama_like(model: PreTrainedModel, plus_one: bool = False, post_norms: bool = False) -> ModelSpec:
     """Llama and the architectures that differ from it by norms, biases, windows and caps."""
     config, trunk = model.config, model.model
@@ -226,14 +231,13 @@ def _llama_like(model: PreTrainedModel, plus_one: bool = False, post_norms: bool
                 post_mlp_norm=norm(layer, "post_feedforward_layernorm") if post_norms else None,
             )
         )
-    probe = torch.empty(0)
     if by_kind:
         for rope_type in trunk.rotary_emb.rope_type.values():
             _check_rope(model, rope_type)
-        ropes = {kind: lambda at, kind=kind: trunk.rotary_emb(probe, at, kind) for kind in set(kinds)}
+        ropes = {kind: lambda at, kind=kind: trunk.rotary_emb(_like(at), at, kind) for kind in set(kinds)}
     else:
         _check_rope(model, trunk.rotary_emb.rope_type)
-        ropes = {"all": lambda at: trunk.rotary_emb(probe, at)}
+        ropes = {"all": lambda at: trunk.rotary_emb(_like(at), at)}
     return ModelSpec(
         embed=lambda tokens, positions: model.get_input_embeddings()(tokens),
         layers=layers,
@@ -322,7 +326,7 @@ def _gpt_neox(model: PreTrainedModel) -> ModelSpec:
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
-        ropes={"all": lambda at: trunk.rotary_emb(torch.empty(0), at)},
+        ropes={"all": lambda at: trunk.rotary_emb(_like(at), at)},
         **_head(model),
     )
 
