@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
 from fastrlhf import backends
 from fastrlhf.functional.decoding import PAGE
 from fastrlhf.rollout import NotDrivenError
+from fastrlhf.rollout.architectures import specification
 from fastrlhf.rollout.decoder import Decoder
 from fastrlhf.rollout.linears import ACTIVATIONS, NORMS, PANEL
 
@@ -138,6 +139,14 @@ def test_the_bound_sees_the_features_of_an_architecture(name, change):
     other.load_state_dict(model.state_dict())
     with pytest.raises(AssertionError):
         assert_as_good_as_own(decoded_logits(other, torch.float32), own_logits(model), exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+def test_angles_are_made_in_fp32_on_the_device_of_the_model(name):
+    model = build(name).bfloat16().to("meta")
+    for rope in specification(model).ropes.values():
+        for angles in rope(torch.arange(7, device="meta")[None]):
+            assert (angles.device.type, angles.dtype, angles.shape[:2]) == ("meta", torch.float32, (1, 7))
 
 
 # ------------------------------------------------------------------------------------------------------- refused
