@@ -122,7 +122,8 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
   // ones (0: all). So the rows of a prompt may come in one call, and those of different sequences too.
   // keys: [pages, kv_heads, d, 16], values: [pages, kv_heads, 16, d], in one dtype: a page holds 16 positions. pages:
   // [sequences, most pages of one], int32, in order. sequence, position: [N], int64: a row of `pages`, and the place in it.
-  // numbers: [3], scale, softcap of the scores (infinity: none), eps of the norms. Returns [N, heads d], fp32.
+  // numbers: [3], scale, softcap of the scores (infinity: none), eps of the norms. Returns [N, heads d], fp32. On CPU, qkv
+  // is fp32. No two rows may have the same place.
   m.def(
       "paged_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor pages, Tensor sequence, Tensor position,"
       " Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, Tensor numbers, int window) -> Tensor");

@@ -623,7 +623,7 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """By inversion of the distribution function, which is summed up in fp64."""
     x = upcast(logits)
-    log_p = torch.log_softmax(x / (temperature or 1.0), -1)
+    log_p = torch.log_softmax((x - x.amax(-1, keepdim=True)) / (temperature or 1.0), -1)
     if logits.device.type == "cpu" and log_p.amax(-1).isnan().any():
         row = int(log_p.amax(-1).isnan().nonzero()[0])
         raise ValueError(f"logits: row {row} has no distribution (a nan, +inf or nothing but -inf)")

@@ -14,7 +14,8 @@ from tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROLLOUT_PAGE = (ROOT / "fastrlhf/rollout/README.md").read_text(encoding="utf-8")
+BLOCKS, ROLLOUT_BLOCKS = (re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) for page in (README, ROLLOUT_PAGE))
 ROWS = {
     "sft.jsonl": {"prompt": "the film was", "completion": " good"},
     "pairs.jsonl": {"chosen": "the film was good", "rejected": "the film was bad"},
@@ -26,11 +27,13 @@ QUICK_PPO = {**QUICK, "rollout_batch_size": 4, "per_device_train_batch_size": 4,
 
 
 def test_each_piece_has_its_block():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert all(len(block.split("\n")) - block.count("\n\n") - 1 <= 5 for block in BLOCKS)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["ops", "linear_ops", "sft", "reward", "ppo"])
+@pytest.mark.parametrize(
+    "block", [*BLOCKS, *ROLLOUT_BLOCKS], ids=["ops", "linear_ops", "sft", "reward", "ppo", "rollout", "rollout_page"]
+)
 def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.chdir(tmp_path)

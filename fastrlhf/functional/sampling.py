@@ -31,7 +31,7 @@ def sample_tokens(
         all that the token hangs on: not the other rows of the batch, nor the number of threads.
     temperature: a positive normal fp32 number, or 0 for the most likely token (the first of equals), whose log-prob is
         then given at temperature 1.
-    top_k: keep the k most likely tokens; 0 keeps all. top_p: of those, keep the fewest most likely ones with a mass of
+    top_k: keep the k most likely tokens; 0 keeps all. Under torch.compile, a new one compiles anew. top_p: of those, keep the fewest most likely ones with a mass of
         at least top_p (Holtzman et al. 2020). min_p: of those, keep the ones at least min_p times as likely as the most
         likely (Nguyen et al. 2024). Tokens as likely as the last one kept are kept too.
     Returns (tokens [B] int64, log_probs [B] fp32 in nats); no gradient. The log-probs are those of `token_log_probs`,
@@ -69,11 +69,11 @@ def _per_row(name: str, x: Tensor, logits: Tensor) -> None:
 @checked_once
 def _options(temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, int]:
     """As the raw op takes them."""
-    if temperature != 0:
+    if isinstance(temperature, bool) or temperature != 0:
         check.temperature(temperature)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k: got {top_k!r}, wanted an int of at least 0 (0 keeps all)")
-    check.number("top_p", top_p, above=0, most=1)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 2**63:
+        raise ValueError(f"top_k: got {top_k!r}, wanted an int in [0, 2^63) (0 keeps all)")
+    check.number("top_p", top_p, least=check.FP32.tiny, most=1)
     check.number("min_p", min_p, least=0, most=1)
     return check.scalars(temperature, top_p, min_p), top_k
 

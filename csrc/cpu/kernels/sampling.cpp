@@ -88,22 +88,49 @@ FASTRLHF_INLINE Vec mass_of(Vec x, float m, float scale, float least) {
   return select(less(x, Vec(least)), Vec(0.0f), product(exp2_held((x - Vec(m)) * Vec(scale))));
 }
 
+template <class T>
+double mass_of_block(const T* x, int64_t n, float m, float scale, float least) {
+  Vec total(0.0f);
+  for (int64_t i = 0; i < n; i += kWidth)
+    total = total + mass_of(load_first(x + i, n - i < kWidth ? static_cast<int>(n - i) : kWidth, -INFINITY), m, scale, least);
+  return sum(total);
+}
+
+struct Entries {
+  int64_t count;
+  double weight;
+};
+
 // Those of x[0 .. n) that are not below `least`, and possible, with their masses, or 1 each.
 template <class T>
-int64_t gather(const T* x, int64_t n, float m, float scale, float least, bool masses, Entry* to) {
+Entries gather(const T* x, int64_t n, float m, float scale, float least, bool masses, Entry* to) {
   float logits[kWidth], mass[kWidth];
-  int64_t count = 0;
+  Entries found = {0, 0.0};
   for (int64_t i = 0; i < n; i += kWidth) {
     const int lanes = static_cast<int>(n - i < kWidth ? n - i : kWidth);
     const Vec v = load_first(x + i, lanes, -INFINITY);
+    if (all(less(v, Vec(least)))) continue;
     store(logits, v);
     store(mass, mass_of(v, m, scale, least));
     for (int j = 0; j < lanes; ++j) {
-      to[count] = {key_of(logits[j]), masses ? mass[j] : 1.0f};
-      count += logits[j] >= least && mass[j] > 0.0f;
+      if (!(logits[j] >= least && mass[j] > 0.0f)) continue;
+      const float weight = masses ? mass[j] : 1.0f;
+      to[found.count++] = {key_of(logits[j]), weight};
+      found.weight += weight;
     }
   }
-  return count;
+  return found;
+}
+
+// select_from_top over what is not below `least`. The most likely tokens usually weigh enough, and are few.
+template <class T>
+float select_likely(const T* x, int64_t n, float m, float scale, float least, bool masses, double wanted, Entry* entries) {
+  for (float bits = 6.0f;; bits *= 2.0f) {
+    const float bound = m - bits / scale;
+    const bool everything = !(bound > least) || bits > 150.0f;  // 2^-127 is 0 already
+    const Entries found = gather(x, n, m, scale, everything ? least : bound, masses, entries);
+    if (everything || found.weight >= wanted) return select_from_top(entries, found.count, wanted);
+  }
 }
 
 // The least logit that the filters keep.
@@ -114,12 +141,12 @@ float least_kept(const SampleArgs& a, const T* x, float m, float scale) {
   const bool few = a.top_k > 0 && a.top_k < n, part = a.top_p < 1.0f;
   if (few || part) {
     Buffer<Entry> entries(n + kWidth);
-    if (few) least = select_from_top(entries.data(), gather(x, n, m, scale, least, false, entries.data()), a.top_k);
+    if (few) least = select_likely(x, n, m, scale, least, false, static_cast<double>(a.top_k), entries.data());
     if (part) {
-      const int64_t count = gather(x, n, m, scale, least, true, entries.data());
       double total = 0.0;
-      for (int64_t i = 0; i < count; ++i) total += entries.data()[i].weight;
-      least = select_from_top(entries.data(), count, a.top_p * total);
+      for (int64_t i = 0; i < n; i += kBlock)
+        total += mass_of_block(x + i, n - i < kBlock ? n - i : kBlock, m, scale, least);
+      least = select_likely(x, n, m, scale, least, true, a.top_p * total, entries.data());
     }
   }
   if (a.min_p > 0.0f) {
@@ -132,14 +159,6 @@ float least_kept(const SampleArgs& a, const T* x, float m, float scale) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- draw
-
-template <class T>
-double mass_of_block(const T* x, int64_t n, float m, float scale, float least) {
-  Vec total(0.0f);
-  for (int64_t i = 0; i < n; i += kWidth)
-    total = total + mass_of(load_first(x + i, n - i < kWidth ? static_cast<int>(n - i) : kWidth, -INFINITY), m, scale, least);
-  return sum(total);
-}
 
 template <class T>
 int64_t draw(const SampleArgs& a, const T* x, float m, float scale, double u) {
