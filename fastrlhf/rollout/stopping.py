@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.rollout.types import FinishReason, SamplingParams
 
+BROKEN = "\ufffd"  # what a tokenizer decodes part of a character as
+BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8
+
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams) -> set[int]:
     """EOS, and those that were asked for."""
@@ -36,8 +39,13 @@ class Stop:
         """Whether the last token brought a stop string to its end."""
         if not self.strings:
             return False
-        tail = tokens[-self.tail :]
-        before, text = self.tokenizer.decode(tail[:-1]), self.tokenizer.decode(tail)
+        # A tail that begins inside of a character has it broken, and with it all tokens of single bytes that follow it.
+        for more in range(BYTES_OF_A_CHARACTER):
+            tail = tokens[-self.tail - more :]
+            text = self.tokenizer.decode(tail)
+            if not text.startswith(BROKEN):
+                break
+        before = self.tokenizer.decode(tail[:-1])
         # Not len(before): a character of several bytes may have become whole.
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False)))
         return any(text.find(string, max(0, same - len(string) + 1)) >= 0 for string in self.strings)
