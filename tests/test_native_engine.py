@@ -16,7 +16,9 @@ from oracle import same_bits
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_sampling import UNLIKELY, chi_square_p_value
 from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from fastrlhf import backends
 from fastrlhf.functional.decoding import PAGE
@@ -443,10 +445,11 @@ STOPS = (
 )
 
 
-def first_stop(tokens: list[int], stop: tuple[str, ...]) -> int | None:
+def first_stop(tokens: list[int], stop: tuple[str, ...], tokenizer=TOKENIZER) -> int | None:
     """After how many tokens the text of all of them first has a stop string in it."""
     for n in range(1, len(tokens) + 1):
-        if any(string in TOKENIZER.decode(tokens[:n]) for string in stop):
+        text = tokenizer.decode(tokens[:n])
+        if any(string in text for string in stop):
             return n
     return None
 
@@ -463,18 +466,46 @@ def test_stop_strings(script, text, stop):
     assert (None in expected) == (stop == ("filmed",))
 
 
+def assert_stops(engine: NativeEngine, script: list[list[int]], stops: tuple[str, ...]) -> None:
+    """As by a search of the whole text after each token."""
+    rollout = engine.generate([[5]] * len(script), sampling(len(script[0]), stop=stops))
+    expected = [first_stop(line, stops, engine.tokenizer) for line in script]
+    assert {n is None for n in expected} == {True, False}
+    assert [len(response) for response in rollout.responses] == [n or len(script[0]) for n in expected]
+    assert rollout.finish_reasons == ["length" if n is None else "stop" for n in expected]
+
+
 def test_stop_strings_of_any_text(script):
-    """Against a search of the whole text after each token."""
     generator = torch.Generator().manual_seed(0)
     letters = [*ids("a"), *ids("b"), *ids("\u00e9"), *ids(" good")]
-    stops = ("abb", "baa\u00e9", "\u00e9\u00e9", "goodb", "\u00e9 go")
     for _ in range(200):
         script.append([letters[i] for i in torch.randint(len(letters), (40,), generator=generator)])
-    rollout = engine_of().generate([[5]] * 200, sampling(40, stop=stops))
-    expected = [first_stop(line, stops) for line in script]
-    assert {reason is None for reason in expected} == {True, False}
-    assert [len(response) for response in rollout.responses] == [n or 40 for n in expected]
-    assert rollout.finish_reasons == ["length" if n is None else "stop" for n in expected]
+    assert_stops(engine_of(), script, ("abb", "baa\u00e9", "\u00e9\u00e9", "goodb", "\u00e9 go"))
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of Llama 2, Mistral and Gemma: words begin with a mark that a text does not, and what is not in the
+    vocabulary comes in tokens of a byte, all broken where one that stands beside them is."""
+    vocabulary = ["<unk>", "</s>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary += ["\u2581", "a", "b", "\u2581a", "ab"]
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    bpe = models.BPE(numbers, [("\u2581", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    marks = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(marks)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_stop_strings_of_a_sentencepiece_tokenizer(script):
+    tokenizer = sentencepiece_tokenizer()
+    engine = NativeEngine(engine_of().model, tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    pieces = [[n] for n in tokenizer.convert_tokens_to_ids(["\u2581", "a", "b", "\u2581a", "ab"])]
+    pieces += [[3 + byte for byte in character.encode()] for character in "\u00e9\u65e5\U0001f642"]
+    for _ in range(300):
+        line = [n for i in torch.randint(len(pieces), (40,), generator=generator) for n in pieces[i]]
+        script.append(line[:40])
+    assert_stops(engine, script, (" \u00e9a", "\u65e5\U0001f642", "ba b", " a a", "\U0001f642\u65e5", " bb"))
 
 
 def test_a_stop_string_that_the_prompt_began_does_not_count(script):
