@@ -4,9 +4,10 @@ import math
 
 import torch
 
-# Query heads, key heads, head_dim: those of Llama 3, SmolLM2, Qwen2 0.5B, GPT-2, Gemma and one between powers of two.
-SHAPES = {"": (32, 8, 128), "[d 64]": (9, 3, 64), "[group 7]": (14, 2, 64), "[group 1]": (12, 12, 64)}
-SHAPES |= {"[d 256]": (8, 1, 256), "[d 80]": (4, 2, 80)}
+DTYPES = (torch.float32, torch.bfloat16)  # fp16 takes the same steps as bf16
+# Query heads, key heads, head_dim: those of Llama 3, Qwen2 0.5B, GPT-2 and Gemma.
+SHAPES = {"": (32, 8, 128), "[group 7]": (14, 2, 64), "[group 1]": (12, 12, 64), "[d 256]": (8, 1, 256)}
+WITH_ALL_OPTIONS = (6, 2, 80)  # d lies between powers of two, and so do the heads of a group
 
 
 def calls(ops, heads, kv_heads, d, dtype, plain):
@@ -25,4 +26,4 @@ def calls(ops, heads, kv_heads, d, dtype, plain):
 def launches(ops, dtype):
     """{op: [(function, args) that differ in all that must not matter]}."""
     every = {f"paged_attention{name}": list(calls(ops, *shape, dtype, True)) for name, shape in SHAPES.items()}
-    return every | {"paged_attention[all options]": list(calls(ops, *SHAPES["[d 64]"], dtype, False))}
+    return every | {"paged_attention[all options]": list(calls(ops, *WITH_ALL_OPTIONS, dtype, False))}
