@@ -18,6 +18,7 @@ LEAST, MOST = 3, 25  # repetitions
 BRIEF_MS = 50.0  # longer calls are not looked at in detail
 WARM_MS = 300.0  # calls shorter than this are made once, untimed, just before they are timed
 SLOW_MS = 1000.0  # of longer calls, the one that estimates counts
+VERY_SLOW_MS = 30_000.0
 
 
 def keep_memory() -> bool:
@@ -162,15 +163,18 @@ def interleave(
     """({name: its times in ms}, {name: why it failed}).
 
     They run A B C, then C B A, and so on, so that nobody has the quiet moments to himself. Each gets about `seconds`,
-    but at least LEAST and at most MOST repetitions; the slow ones are done after the first rounds.
+    but at least LEAST and at most MOST repetitions; the slow ones are done after the first rounds. What takes half a
+    minute is warm after the first seconds of it: its first run counts, and there is one more.
     """
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     rounds, warm = {}, {}
     for name, contender in contenders.items():
         try:
-            contender.work(contender.prepare())  # compiles, and touches its memory for the first time
-            estimate = stopwatch(contender.work, contender.prepare())
+            # Compiles, and touches its memory for the first time.
+            estimate = first = stopwatch(contender.work, contender.prepare())
+            if first < VERY_SLOW_MS:
+                estimate = stopwatch(contender.work, contender.prepare())
         except Exception as error:  # whatever a peer raises is a result
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
@@ -178,6 +182,8 @@ def interleave(
         warm[name] = estimate < WARM_MS
         count = int(1e3 * seconds / max(estimate * (1 + warm[name]), 1e-6))
         count = min(max(count, LEAST), MOST) // 2 * 2 + 1  # odd, so that the median is one of them
+        if first >= VERY_SLOW_MS:  # the median is then the mean of the two
+            count = 2
         rounds[name] = count - len(times[name])
     for turn in range(max(rounds.values(), default=0)):
         for name in times if turn % 2 == 0 else reversed(times):
