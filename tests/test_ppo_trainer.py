@@ -64,8 +64,8 @@ def first_log(ours):
 class TestFirstStep:
     """Known results of a correct implementation: ratio 1, KL 0, nothing clipped, policy loss -mean(whitened A) = 0.
 
-    The sampler and the trainer round differently: gap, the most their log-probs may differ by, is what fp32 makes of two
-    small layers.
+    The sampler and the trainer round differently: gap, the most their log-probs may differ by, is what fp32 makes of
+    two small layers.
     """
 
     def check(self, log, gap=2e-5):

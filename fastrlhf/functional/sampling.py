@@ -31,9 +31,10 @@ def sample_tokens(
         all that the token hangs on: not the other rows of the batch, nor the number of threads.
     temperature: a positive normal fp32 number, or 0 for the most likely token (the first of equals), whose log-prob is
         then given at temperature 1.
-    top_k: keep the k most likely tokens; 0 keeps all. Under torch.compile, a new one compiles anew. top_p: of those, keep the fewest most likely ones with a mass of
-        at least top_p (Holtzman et al. 2020). min_p: of those, keep the ones at least min_p times as likely as the most
-        likely (Nguyen et al. 2024). Tokens as likely as the last one kept are kept too.
+    top_k: keep the k most likely tokens; 0 keeps all. Under torch.compile, a new k compiles anew. top_p: of those, keep
+        the fewest most likely ones with a mass of at least top_p (Holtzman et al. 2020). min_p: of those, keep the ones
+        at least min_p times as likely as the most likely (Nguyen et al. 2024). Tokens as likely as the last one kept
+        are kept too.
     Returns (tokens [B] int64, log_probs [B] fp32 in nats); no gradient. The log-probs are those of `token_log_probs`,
     to the bit on CPU. Raises ValueError on shapes, dtypes, devices and options that don't match, and on CPU for a row
     without a distribution (a nan, +inf, nothing but -inf); elsewhere such a row's log-prob is nan.

@@ -85,7 +85,6 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     hidden_size: int
-    vocabulary: int
     context: int | None
     ropes: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = field(default_factory=dict)
     logit_softcap: float | None = None
@@ -245,7 +244,6 @@ def _llama_like(model: PreTrainedModel, plus_one: bool = False, post_norms: bool
         kv_heads=config.num_key_value_heads,
         head_dim=trunk.layers[0].self_attn.head_dim,
         hidden_size=config.hidden_size,
-        vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
         ropes=ropes,
         **_head(model),
@@ -279,7 +277,6 @@ def _gpt2(model: PreTrainedModel) -> ModelSpec:
         kv_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
         hidden_size=config.n_embd,
-        vocabulary=config.vocab_size,
         context=config.n_positions,
         **_head(model),
     )
@@ -324,7 +321,6 @@ def _gpt_neox(model: PreTrainedModel) -> ModelSpec:
         kv_heads=heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
-        vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
         ropes={"all": lambda at: trunk.rotary_emb(_like(at), at)},
         **_head(model),

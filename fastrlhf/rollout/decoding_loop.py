@@ -179,7 +179,9 @@ class DecodingLoop:
         early = [row for row, request in enumerate(rows) if len(request.tokens) < sampling.min_new_tokens]
         if early and self.stop.tokens:
             at = torch.tensor(early, device=device)
-            allowed = logits[at].index_fill(1, torch.tensor(sorted(self.stop.tokens), device=device), -torch.inf)
+            allowed = logits[at].index_fill(
+                1, torch.tensor([t for t in sorted(self.stop.tokens) if t < logits.shape[1]], device=device), -torch.inf
+            )
             keys = {name: value[at] for name, value in keys.items()}
             tokens[at] = F.sample_tokens(allowed, **keys, **options)[0]
             log_probs[at] = F.token_log_probs(logits[at], tokens[at], temperature=sampling.temperature or 1.0)

@@ -91,8 +91,9 @@ class PackedLinear(Linear):
         rows, columns = sum(len(w) for w in weights), weights[0].shape[1]
         self.width = rows // 2 if self.gated else rows
         panels = [-(-len(w) // PANEL) for w in weights]
-        if self.packed is None:
-            self.packed = torch.empty(sum(panels), PANEL * (columns + columns % 2), dtype=self.dtype)
+        shape = (sum(panels), PANEL * (columns + columns % 2))
+        if self.packed is None or self.packed.shape != shape:
+            self.packed = torch.empty(shape, dtype=self.dtype)
         first = 0
         for i, (weight, count) in enumerate(zip(weights, panels, strict=True)):
             weight = weight if weight.stride(1) == 1 else weight.contiguous()

@@ -79,7 +79,7 @@ class NativeEngine:
         A response that would outgrow the model's context ends there, for "length". Raises MemoryError, with the
         numbers, if the KV cache does not fit. Ctrl-C raises RolloutInterrupted with what was finished.
         """
-        check_prompts(prompts, sampling, seeds, self.decoder.spec.vocabulary, self.decoder.spec.context)
+        check_prompts(prompts, sampling, seeds, self.decoder.vocabulary, self.decoder.spec.context)
         requests = self._requests(prompts, sampling, seeds)
         running = [request for request in requests if request.limit > 0]
         states: list[Tensor] | None = [] if hidden else None
@@ -138,7 +138,9 @@ class NativeEngine:
         return wanted // size
 
     def _rollout(self, requests: list[Request], states: list[Tensor] | None) -> Rollout:
-        log_probs = torch.tensor([x for r in requests for x in r.log_probs], device=self.decoder.device)
+        log_probs = torch.tensor(
+            [x for r in requests for x in r.log_probs], dtype=torch.float32, device=self.decoder.device
+        )
         hidden = None
         if states is not None:
             starts = [0]
