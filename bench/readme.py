@@ -69,8 +69,9 @@ def _of_device(folder: Path) -> list[str]:
         parts.append(f"Small inputs, where only the call costs:\n\n{calls(usual['calls'])}")
     if "accuracy" in usual:
         parts.append(f"Largest error against fp64, log-prob / entropy / gradient:\n\n{errors(usual['accuracy'])}")
-    if ROLLOUT in usual:
-        parts.append(f"{_of_rollouts(usual[ROLLOUT])}\n\n{family(usual[ROLLOUT])}")
+    rollouts = next((found[name] for name in (ROLLOUT, f"{ROLLOUT}-huge-pages") if name in found), None)
+    if rollouts is not None:
+        parts.append(f"{_of_rollouts(rollouts)}\n\n{family(rollouts)}")
     return parts
 
 
@@ -78,9 +79,10 @@ def _of_rollouts(content: dict[str, Any]) -> str:
     limits = [row["limit"] for row in content["rows"] if "peak" in row.get("limit", {})]
     peaks = {f"{row['dtype']} {row['limit']['peak']}" for row in content["rows"] if "peak" in row.get("limit", {})}
     about = f" (read at {limits[0]['gb_s']:.3g} GB/s; peak by {', '.join(sorted(peaks))})" if limits else ""
+    pages = " Everybody's large tensors lie in huge pages." if content["huge_pages"] else ""
     return (
-        f"Rollouts, the limit of a step being its roofline{about}. A step is the time of a whole rollout, prompts and "
-        "packing of the weights included, divided by its tokens; `step alone` is without those, `repacking` is packing "
+        f"Rollouts, the limit of a step being its roofline{about}.{pages} A step is the time of a whole rollout, prompts "
+        "and packing of the weights included, divided by its tokens; `step alone` is without those, `repacking` is packing "
         "the weights once. Packed weights are counted in the MiB. Every response gets the tokens that it was told, and "
         f"`transformers, sorted` knew them beforehand. {_who(content['peers'])}"
     )
