@@ -81,10 +81,10 @@ def _of_rollouts(content: dict[str, Any]) -> str:
     about = f" (read at {limits[0]['gb_s']:.3g} GB/s; peak by {', '.join(sorted(peaks))})" if limits else ""
     pages = " Everybody's large tensors lie in huge pages." if content["huge_pages"] else ""
     return (
-        f"Rollouts, the limit of a step being its roofline{about}.{pages} A step is the time of a whole rollout, prompts "
-        "and packing of the weights included, divided by its tokens; `step alone` is without those, `repacking` is packing "
-        "the weights once. Packed weights are counted in the MiB. Every response gets the tokens that it was told, and "
-        f"`transformers, sorted` knew them beforehand. {_who(content['peers'])}"
+        f"Rollouts, the limit of a step being its roofline{about}.{pages} A step is the time of a whole rollout, "
+        "prompts and packing of the weights included, divided by its tokens; `step alone` is without those, "
+        "`repacking` is packing the weights once. Packed weights are counted in the MiB. Every response gets the "
+        f"tokens that it was told, and `transformers, sorted` knew them beforehand. {_who(content['peers'])}"
     )
 
 
