@@ -40,6 +40,10 @@ TRITON = {  # module of fastrlhf.kernels: the ops it holds, under their own name
     "decoding": ("paged_attention",),
 }
 
+# Over a layout of their own, and of use on CPU alone: the rollout engine has torch's linear layers elsewhere, and when
+# the reference is asked for.
+CPU_ONLY = ("pack_weight_", "packed_linear_")
+
 
 def _load_extension():
     try:
@@ -87,7 +91,7 @@ if not REFERENCE_FORCED:
 
 
 def backend_table() -> dict[str, dict[str, str]]:
-    """For every op: which backend serves it on "cpu", on "cuda" and on any other device."""
+    """For every op: which backend serves it on "cpu", on "cuda" and on any other device; "none" where it cannot run."""
     on_cuda = {name: f"triton ({module})" for module, names in TRITON.items() for name in names}
     strategy = os.environ.get("FASTRLHF_LM_HEAD") or "chunked"
     on_cuda |= dict.fromkeys(TRITON["lm_head"], f"triton (lm_head, {strategy})")
@@ -99,4 +103,5 @@ def backend_table() -> dict[str, dict[str, str]]:
             "cuda": "reference" if REFERENCE_FORCED else on_cuda.get(name, "reference"),
             "other": "reference",
         }
-    return table
+    on_cpu = "none" if REFERENCE_FORCED else f"c++ ({EXTENSION.cpu_capability()})"
+    return table | {name: {"cpu": on_cpu, "cuda": "none", "other": "none"} for name in CPU_ONLY}
