@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class Norm:
         return torch.nn.functional.layer_norm(x.float(), shape, self.weight, self.bias, self.spec.eps)
 
 
-class Linear:
+class Linear(ABC):
     """activation(norm(x) W^T + bias), W the weights one below the other; gated: activation(gate) up, of the two in W.
 
     `update` reads the weights anew. A call takes x [N, K] and gives [N, rows], or adds it to `residual` and gives that.
@@ -72,11 +74,12 @@ class Linear:
             self.bias = torch.cat([part.float() for part in parts])
         self.take([a.weight for a in affine])
 
+    @abstractmethod
     def take(self, weights: list[Tensor]) -> None:
-        raise NotImplementedError
+        """Keeps the weights in the layout that a call reads."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
 class PackedLinear(Linear):
