@@ -35,7 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastrlhf import functional as F
 from fastrlhf import reference
 from fastrlhf.trainers import linear_lm_head, lm_heads, register_lm_head
-from fastrlhf.trainers.actor_critic import ActorCritic
+from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 TEMPERATURE = 0.7

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastrlhf.trainers import PPOConfig
-from fastrlhf.trainers.ppo_targets import ppo_targets
+from fastrlhf.trainers.ppo.targets import ppo_targets
 
 
 def targets(tmp_path, **options):

@@ -26,7 +26,7 @@ from transformers import (
 from fastrlhf.rewards import RewardError
 from fastrlhf.rollout import Rollout
 from fastrlhf.trainers import PPOConfig, PPOTrainer
-from fastrlhf.trainers.ppo_targets import ppo_targets
+from fastrlhf.trainers.ppo.targets import ppo_targets
 
 PROMPTS = Dataset.from_dict({"prompt": ["the good", "a bad film", "so", "Human: hi"] * 4, "weight": [1.0, 2.0] * 8})
 

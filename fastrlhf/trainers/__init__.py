@@ -1,9 +1,9 @@
 """SFT, reward models and PPO: subclasses of `transformers.Trainer` and their arguments."""
 
 from fastrlhf.trainers.checkpoints import last_checkpoint
-from fastrlhf.trainers.config import PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.trainers.config import RewardConfig, SFTConfig
 from fastrlhf.trainers.lm_heads import LMHead, linear_lm_head, register_lm_head
-from fastrlhf.trainers.ppo import PPOTrainer
+from fastrlhf.trainers.ppo import PPOConfig, PPOTrainer
 from fastrlhf.trainers.reward import RewardTrainer
 from fastrlhf.trainers.sft import SFTTrainer
 

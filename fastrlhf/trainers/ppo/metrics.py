@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastrlhf import functional as F
 from fastrlhf.rollout import Rollout
-from fastrlhf.trainers.ppo_targets import Targets
+from fastrlhf.trainers.ppo.targets import Targets
 
 
 def rollout_metrics(

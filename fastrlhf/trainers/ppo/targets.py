@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastrlhf import functional as F
-from fastrlhf.trainers.config import PPOConfig
+from fastrlhf.trainers.ppo.config import PPOConfig
 
 
 @dataclass

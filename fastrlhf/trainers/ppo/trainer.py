@@ -33,12 +33,12 @@ from fastrlhf.loading import (
 from fastrlhf.rewards import RewardError, Rewards, RunningNormalizer, normalize
 from fastrlhf.rollout import NativeEngine, Rollout, SamplingParams, create_engine
 from fastrlhf.rollout.types import new_seed
-from fastrlhf.trainers.actor_critic import ActorCritic
 from fastrlhf.trainers.base import ScorerTrainer
 from fastrlhf.trainers.checkpoints import is_complete
-from fastrlhf.trainers.config import PPOConfig
-from fastrlhf.trainers.ppo_metrics import gap_metrics, gap_metrics_of, rollout_metrics, update_metrics
-from fastrlhf.trainers.ppo_targets import Targets, ppo_targets
+from fastrlhf.trainers.ppo.actor_critic import ActorCritic
+from fastrlhf.trainers.ppo.config import PPOConfig
+from fastrlhf.trainers.ppo.metrics import gap_metrics, gap_metrics_of, rollout_metrics, update_metrics
+from fastrlhf.trainers.ppo.targets import Targets, ppo_targets
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 REWARD_STATE_FILE = "reward_normalizer.json"
