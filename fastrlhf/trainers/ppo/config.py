@@ -33,8 +33,8 @@ class PPOConfig(TrainingArguments):
     """PPO on a language model (Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022), and its critic-free kin.
 
     One training step is one PPO iteration: a rollout of `rollout_batch_size` responses on each device, then
-    `num_ppo_epochs` passes over it in `num_mini_batches` optimiser steps each. Gradients accumulate over a mini-batch by
-    themselves, `per_device_train_batch_size` responses or `max_tokens_per_micro_batch` tokens at a time.
+    `num_ppo_epochs` passes over it in `num_mini_batches` optimiser steps each. Gradients accumulate over a mini-batch
+    by themselves, `per_device_train_batch_size` responses or `max_tokens_per_micro_batch` tokens at a time.
     """
 
     # The rollout
@@ -44,7 +44,7 @@ class PPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Responses sampled per iteration and device; 64 when not given or, with "
-            "gradient_accumulation_steps, per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches."
+            "gradient_accumulation_steps, per_device_train_batch_size x gradient_accumulation_steps."
         },
     )
     num_generations: int = field(default=1, metadata={"help": "Responses to each prompt: a group."})
@@ -93,8 +93,8 @@ class PPOConfig(TrainingArguments):
     reward_normalization: Literal["none", "batch", "group", "running"] = field(
         default="none",
         metadata={
-            "help": "Scores divided by their standard deviation after subtracting their mean: over this iteration, over "
-            "the responses to a prompt, or over all iterations so far."
+            "help": "Scores divided by their standard deviation after subtracting their mean: over this iteration, "
+            "over the responses to a prompt, or over all iterations so far."
         },
     )
     reward_clip: float | None = field(
@@ -178,8 +178,8 @@ class PPOConfig(TrainingArguments):
         field(
             default="token-mean",
             metadata={
-                "help": "How tokens make a loss: mean over all tokens of a mini-batch; mean over responses of their sums or "
-                "means; or that of their sums divided by response_length (Liu et al. 2025)."
+                "help": "How tokens make a loss: mean over a mini-batch's tokens; mean over responses of their sums "
+                "or means; or that of their sums divided by response_length (Liu et al. 2025)."
             },
         )
     )
@@ -214,8 +214,8 @@ class PPOConfig(TrainingArguments):
     num_frozen_layers: int = field(
         default=0,
         metadata={
-            "help": "Layers from the bottom, with the embeddings, that are not trained. Policy and reference share them: "
-            "they lie in memory once and run once an iteration."
+            "help": "Layers from the bottom, with the embeddings, that are not trained. Policy and reference share "
+            "them: they lie in memory once and run once an iteration."
         },
     )
     offload_models: bool = field(
@@ -265,15 +265,15 @@ class PPOConfig(TrainingArguments):
 
     def _set_rollout_batch_size(self) -> None:
         """gradient_accumulation_steps is understood as TRL's PPO did; the Trainer's own accumulation has no part."""
-        accumulated = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+        accumulated = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.rollout_batch_size is None:
             self.rollout_batch_size = accumulated if self.gradient_accumulation_steps > 1 else 64
         elif self.gradient_accumulation_steps > 1 and self.rollout_batch_size != accumulated:
             raise ValueError(
                 f"rollout_batch_size={self.rollout_batch_size} and gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} contradict each other: the latter makes it "
-                f"per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches = {accumulated}. Give one "
-                "of the two"
+                f"per_device_train_batch_size x gradient_accumulation_steps = {accumulated}. Give one of "
+                "the two"
             )
         self.gradient_accumulation_steps = 1
 
