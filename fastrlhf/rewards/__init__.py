@@ -2,8 +2,9 @@
 
 from fastrlhf.rewards.calibration import expected_calibration_error
 from fastrlhf.rewards.functions import RewardError, RewardFunction, Rewards
-from fastrlhf.rewards.normalization import RunningNormalizer, normalize
+from fastrlhf.rewards.normalization import RunningNormalizer, normalize, normalize_groups
 from fastrlhf.rewards.reward_model import RewardModel
+from fastrlhf.rewards.shaping import ScoreShaper
 
 __all__ = [
     "RewardError",
@@ -11,6 +12,8 @@ __all__ = [
     "RewardModel",
     "Rewards",
     "RunningNormalizer",
+    "ScoreShaper",
     "expected_calibration_error",
     "normalize",
+    "normalize_groups",
 ]
