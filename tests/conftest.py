@@ -1,7 +1,21 @@
 import os
 
+# Before torch and transformers are imported, and for the children of tests too: no test asks the network, threads that
+# wait leave the core to others, and processes that run beside each other have one thread each.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+# Minutes each: they begin first, so that no worker is left with one of them at the end.
+LONG = [f"test_{name}.py" for name in ("build", "triton_lm_head", "vocab_parallel", "gpu_audit", "triton_sampling")]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
