@@ -17,7 +17,7 @@ Rows = dict[str, list]
 
 SFT_LAYOUTS = "`messages`, or `prompt` and `completion`, or `text`, or `chosen` (with or without `prompt`)"
 PREFERENCE_LAYOUTS = "`chosen` and `rejected`, with or without `prompt` and `margin`"
-PROMPT_LAYOUTS = "`prompt`, or `messages`, or `chosen` conversations to take the prompt from"
+PROMPT_LAYOUTS = "`prompt`, or `messages`, or `chosen` conversations to take the prompt from, or `input_ids`"
 
 
 def prepare_sft(
@@ -172,14 +172,16 @@ def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_pr
 
     Reads `prompt`, a string or messages (these get the header of an assistant turn). Without such a column the prompt
     is taken from `messages` or `chosen` and added as `prompt`: all messages before the last assistant turn or, of an
-    hh-rlhf transcript, everything up to and including its last "\\n\\nAssistant:".
+    hh-rlhf transcript, everything up to and including its last "\\n\\nAssistant:". Failing these, `input_ids` are the
+    tokens, without those that `attention_mask` leaves out, and `prompt` is their text with its special tokens.
 
     Raises ValueError for other columns, an empty data set, a cell of a wrong type, an empty prompt, or one of more than
     max_prompt_length tokens, with its row.
     """
     cells.require_dataset(dataset, "prompts")
     encoder = Encoder(tokenizer)
-    source = next((name for name in ("prompt", "messages", "chosen") if name in dataset.column_names), None)
+    layouts = ("prompt", "messages", "chosen", "input_ids")
+    source = next((name for name in layouts if name in dataset.column_names), None)
     if source is None:
         raise cells.wrong_columns(dataset, "prompts", PROMPT_LAYOUTS)
 
@@ -192,6 +194,8 @@ def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_pr
         return text[: cells.last_assistant_turn(text, source, row)]
 
     def prepare(rows: Rows, indices: list[int]) -> Rows:
+        if source == "input_ids":
+            return _tokenised_prompts(rows, indices, tokenizer)
         prompts = [prompt_of(value, row) for row, value in zip(indices, rows[source], strict=True)]
         batch: Rows = {"prompt_ids": encoder.prompts(prompts, indices)}
         return batch if source == "prompt" else {"prompt": prompts, **batch}
@@ -211,6 +215,25 @@ def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_pr
             f"has {lengths.max()}). Raise max_prompt_length, or leave those rows out with dataset.filter(...)."
         )
     return prepared
+
+
+def _tokenised_prompts(rows: Rows, indices: list[int], tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """`prompt_ids` of `input_ids` without padding, and `prompt`, the text that gives these tokens again."""
+    # A reward model's tokenizer puts the BOS before the text anew.
+    bos = tokenizer("")["input_ids"][:1]
+    prompts, prompt_ids = [], []
+    for place, row in enumerate(indices):
+        tokens = rows["input_ids"][place]
+        mask = rows["attention_mask"][place] if "attention_mask" in rows else [1] * len(tokens)
+        if not all(isinstance(token, int) for token in tokens) or len(mask) != len(tokens):
+            raise ValueError(
+                f"prompts: row {row} has input_ids={str(tokens)[:80]} and {len(mask)} numbers in attention_mask; a list "
+                "of tokens and as many numbers are wanted"
+            )
+        kept = [token for token, seen in zip(tokens, mask, strict=True) if seen]
+        prompt_ids.append(kept)
+        prompts.append(tokenizer.decode(kept[1:] if bos and kept[:1] == bos else kept))
+    return {"prompt": prompts, "prompt_ids": prompt_ids}
 
 
 def _map(dataset: Dataset, prepare: Callable, desc: str, remove_columns: list[str] | None = None) -> Dataset:

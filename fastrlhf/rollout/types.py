@@ -79,6 +79,7 @@ class Rollout:
     log_probs: [N], packed like `tokens`, fp32, in nats, of each token under softmax(logits / temperature), unfiltered
         (temperature 1 where it was 0); None from an engine that gives none.
     hidden: [N, H], fp32, the last hidden state that predicted each token, where the engine was asked for it.
+    sampled: [N], bool, False at tokens that the policy did not sample, such as a tool's output; None: it sampled all.
     """
 
     prompts: list[list[int]]
@@ -86,6 +87,7 @@ class Rollout:
     finish_reasons: list[FinishReason]
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
+    sampled: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -110,6 +112,11 @@ class Rollout:
         """[B, T], 1 at the tokens of each response, in fp32."""
         lengths = self.lengths
         return (torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]).float()
+
+    @property
+    def trained(self) -> Tensor:
+        """[B, T], 1 at the tokens that the policy sampled, in fp32."""
+        return self.mask if self.sampled is None else self.padded(self.sampled.float().cpu())
 
     def padded(self, packed: Tensor) -> Tensor:
         """[B, T, ...] of packed [N, ...], with 0 where the mask is 0."""

@@ -31,10 +31,16 @@ class ScoredTokens(ABC):
         return loss, F.CrossEntropyStats(mean_entropy, count.float())
 
     def ppo_loss(
-        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, **options: Any
+        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, places: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, F.PPOStats]:
-        """`F.ppo_loss`, options included; everything [n]."""
+        """`F.ppo_loss`, options included; everything [n].
+
+        places: [b, T], where in [n] each token of a sequence stands, for losses that go by sequence; everything else is
+            [b, T] then, and what stands under a 0 of the mask is anywhere.
+        """
         log_probs, entropy = self.log_probs_and_entropy()
+        if places is not None:
+            log_probs, entropy = log_probs[places], entropy[places]
         return F.ppo_loss(log_probs, old_log_probs, advantages, mask, entropy=entropy, **options)
 
 
@@ -55,10 +61,10 @@ class FromHidden(ScoredTokens):
         return F.linear_cross_entropy(*self.inputs, **self.options, denominator=denominator)
 
     def ppo_loss(
-        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, **options: Any
+        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, places: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, F.PPOStats]:
-        if self._in_fp16():
-            return super().ppo_loss(old_log_probs, advantages, mask, **options)
+        if self._in_fp16() or places is not None:
+            return super().ppo_loss(old_log_probs, advantages, mask, places=places, **options)
         return F.linear_ppo_loss(*self.inputs, old_log_probs, advantages, mask, **self.options, **options)
 
     def _in_fp16(self) -> bool:
