@@ -15,7 +15,7 @@ from fastrlhf import demo
 from fastrlhf.demo import assets, stages
 from fastrlhf.demo.assets import Asset, RatedText
 from fastrlhf.demo.data import RATING_GAP, comparison_blocks, random_pairs, split_preferences, split_snippets
-from fastrlhf.demo.judgement import distinct_n, vader_score, win_rate
+from fastrlhf.demo.judgement import vader_score, win_rate
 from fastrlhf.demo.recipe import QUICK, DemoArguments, Recipe
 from fastrlhf.demo.workspace import Workspace
 
@@ -135,10 +135,6 @@ class TestJudgement:
         # Wilson 1927 for 81 of 263: 0.2553 to 0.3662 (Newcombe 1998, table I)
         ours = torch.cat([torch.ones(81), -torch.ones(182)])
         assert win_rate(ours, torch.zeros(263))[1:] == pytest.approx((0.2553, 0.3662), abs=1e-4)
-
-    def test_distinct_n(self):
-        assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
-        assert distinct_n(["a"], 2) == 0
 
     def test_vader(self):
         good, bad = vader_score()(["the film is", "the film is"], [" wonderful", " horrible"])

@@ -18,6 +18,7 @@ from fastrlhf.demo.stages import model_options
 from fastrlhf.demo.workspace import Workspace
 from fastrlhf.rewards import RewardModel
 from fastrlhf.rollout import NativeEngine, Rollout, SamplingParams
+from fastrlhf.rollout.diversity import distinct_n
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 # VADER's own threshold for a positive text.
@@ -68,7 +69,7 @@ def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> di
             "vader_mean": scores[policy]["vader"].mean().item(),
             "positive_share": (scores[policy]["vader"] >= VADER_POSITIVE).float().mean().item(),
             "length": rollouts[policy].lengths.float().mean().item(),
-            "distinct_2": distinct_n(texts[policy], 2),
+            "distinct_2": distinct_n([text.split() for text in texts[policy]], 2),
         }
         for policy in texts
     }
@@ -116,9 +117,3 @@ def win_rate(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, fl
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return rate, centre - half, centre + half
-
-
-def distinct_n(texts: list[str], n: int) -> float:
-    """Different n-grams of words over all n-grams, in all texts together (Li et al. 2016)."""
-    grams = [tuple(words[i : i + n]) for words in (t.split() for t in texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
