@@ -1,6 +1,8 @@
 """Reward functions, reward models as functions, normalisation and calibration."""
 
+import logging
 import math
+import threading
 from functools import partial
 
 import numpy as np
@@ -84,6 +86,175 @@ class TestRewards:
     def test_missing_model(self):
         with pytest.raises(OSError, match=r"reward_funcs='nowhere/at-all' could not be loaded"):
             Rewards("nowhere/at-all")
+
+    def test_a_sum_that_overflows(self):
+        def huge(prompts, completions, **columns):
+            return [1.0, 3e38]
+
+        with pytest.raises(RewardError, match=r"weighted sum for completion 1 is not finite: 2.0 x 3\.0"):
+            Rewards(huge, weights=[2.0])(["a", "b"], ["x", "y"], {})
+
+
+class Judge:
+    """A reward function that does on each call what the next of `acts` says: raise it, wait for it, or return 1s."""
+
+    __name__ = "judge"
+
+    def __init__(self, *acts):
+        self.acts = list(acts)
+        self.calls = 0
+        self.threads = []
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        self.threads.append(threading.current_thread())
+        act = self.acts.pop(0) if self.acts else None
+        if isinstance(act, BaseException):
+            raise act
+        if act is not None:
+            act.wait()
+        return [1.0] * len(completions)
+
+
+LONG = 600.0  # seconds that no test waits for
+
+
+@pytest.fixture
+def never():
+    """An event that is set when the test is over, so that no thread stays."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+class TestFailures:
+    ARGUMENTS = (["a"], ["x"], {})
+
+    @pytest.mark.parametrize("timeout", [None, LONG])
+    def test_file_and_line_are_said_and_the_cause_is_kept(self, timeout):
+        def broken(prompts, completions, **columns):
+            return {}["lexicon"]
+
+        with pytest.raises(RewardError, match=r"broken raised KeyError: 'lexicon'") as raised:
+            Rewards(broken, timeout=timeout)(*self.ARGUMENTS)
+        line = broken.__code__.co_firstlineno + 1
+        assert f"{__file__}:{line}, in broken" in str(raised.value)
+        assert isinstance(raised.value.__cause__, KeyError)
+        frames = []
+        trace = raised.value.__cause__.__traceback__
+        while trace:
+            frames.append((trace.tb_frame.f_code.co_name, trace.tb_lineno))
+            trace = trace.tb_next
+        assert frames[-1] == ("broken", line)
+
+    @pytest.mark.parametrize("timeout", [None, LONG])
+    def test_wrong_arguments(self, timeout):
+        def unary(prompts):
+            return []
+
+        with pytest.raises(RewardError, match=r"unary raised TypeError: .*unary"):
+            Rewards(unary, timeout=timeout)(*self.ARGUMENTS)
+
+    def test_without_a_timeout_it_runs_in_the_callers_thread(self):
+        judge = Judge()
+        assert Rewards(judge)(*self.ARGUMENTS)[0].tolist() == [1]
+        assert Rewards(judge, timeout=LONG)(*self.ARGUMENTS)[0].tolist() == [1]
+        assert judge.threads[0] is threading.main_thread()
+        assert judge.threads[1].daemon
+
+    def test_hanging(self, never):
+        judge = Judge(never)
+        with pytest.raises(RewardError, match=r"judge has not returned after 0.2 seconds \(reward_timeout\)") as raised:
+            Rewards(judge, timeout=0.2)(*self.ARGUMENTS)
+        assert "in __call__\n    act.wait()" in str(raised.value), "it says where the function hangs"
+
+    def test_no_second_call_beside_one_that_hangs(self):
+        release = threading.Event()
+        judge = Judge(release)
+        rewards = Rewards(judge, timeout=0.05)
+        with pytest.raises(RewardError, match="has not returned"):
+            rewards(*self.ARGUMENTS)
+        for _ in range(2):
+            with pytest.raises(RewardError, match="judge was not called: an earlier call still hangs"):
+                rewards(*self.ARGUMENTS)
+        assert judge.calls == 1
+        release.set()
+        rewards.calls[0].timeout = LONG
+        assert rewards(*self.ARGUMENTS)[0].tolist() == [1]
+        assert judge.calls == 2
+        assert not judge.threads[0].is_alive()
+
+    @pytest.mark.parametrize("timeout", [None, LONG])
+    def test_retries(self, timeout, caplog):
+        judge = Judge(ConnectionError("down"), KeyError("x"))
+        with caplog.at_level(logging.WARNING, "fastrlhf.rewards"):
+            assert Rewards(judge, timeout=timeout, retries=2)(*self.ARGUMENTS)[0].tolist() == [1]
+        assert judge.calls == 3
+        first, second = (record.getMessage() for record in caplog.records)
+        assert first.startswith("retry 1 of 2 after: reward_funcs: judge raised ConnectionError: down")
+        assert second.startswith("retry 2 of 2 after: reward_funcs: judge raised KeyError: 'x'")
+        assert "raise act" in caplog.text, "the traceback goes to the log"
+
+    def test_retries_run_out(self):
+        judge = Judge(*[ConnectionError(str(i)) for i in range(9)])
+        with pytest.raises(RewardError, match="ConnectionError: 2"):
+            Rewards(judge, retries=2)(*self.ARGUMENTS)
+        assert judge.calls == 3
+
+    def test_a_retry_waits_for_the_call_that_hung(self):
+        release = threading.Event()
+        judge = Judge(release)
+        rewards = Rewards(judge, timeout=0.05, retries=1)
+
+        def release_it(record):  # when the warning is logged: between the two attempts
+            rewards.calls[0].timeout = LONG
+            release.set()
+            return True
+
+        log = logging.getLogger("fastrlhf.rewards.calls")
+        log.addFilter(release_it)
+        try:
+            assert rewards(*self.ARGUMENTS)[0].tolist() == [1]
+        finally:
+            log.removeFilter(release_it)
+        assert judge.calls == 2
+        assert not judge.threads[0].is_alive()
+
+    def test_only_the_function_that_failed_is_called_again(self):
+        steady, shaky = Judge(), Judge(OSError("once"))
+        Rewards([steady, shaky], retries=1)(*self.ARGUMENTS)
+        assert (steady.calls, shaky.calls) == (1, 2)
+
+    def test_unusable_values_are_not_asked_for_again(self):
+        calls = []
+
+        def broken(prompts, completions, **columns):
+            calls.append(1)
+            return [math.nan]
+
+        with pytest.raises(RewardError, match="broken returned nan for completion 0: 'x'"):
+            Rewards(broken, retries=3)(*self.ARGUMENTS)
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("timeout", [None, LONG])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_who_wants_to_stop_is_not_stopped(self, timeout, error):
+        judge = Judge(error())
+        with pytest.raises(error):
+            Rewards(judge, timeout=timeout, retries=5)(*self.ARGUMENTS)
+        assert judge.calls == 1
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"timeout": 0}, "reward_timeout=0 must be greater"),
+            ({"timeout": math.nan}, "reward_timeout=nan"),
+            ({"retries": -1}, "reward_retries=-1 must be at least 0"),
+        ],
+    )
+    def test_bad_limits(self, options, said):
+        with pytest.raises(ValueError, match=said):
+            Rewards(length, **options)
 
 
 class TestRewardModel:

@@ -1,7 +1,8 @@
 """What turns text into reward."""
 
 from fastrlhf.rewards.calibration import expected_calibration_error
-from fastrlhf.rewards.functions import RewardError, RewardFunction, Rewards
+from fastrlhf.rewards.calls import RewardError
+from fastrlhf.rewards.functions import RewardFunction, Rewards
 from fastrlhf.rewards.normalization import RunningNormalizer, normalize, normalize_groups
 from fastrlhf.rewards.reward_model import RewardModel
 from fastrlhf.rewards.shaping import ScoreShaper

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.loading import load_tokenizer
+from fastrlhf.rewards.calls import GuardedFunction, RewardError
 from fastrlhf.rewards.reward_model import RewardModel
 
 FP32_MAX = torch.finfo(torch.float32).max
 RewardFunction = Callable[..., list[float]]
-
-
-class RewardError(ValueError):
-    """A reward function that raised or returned something unusable."""
 
 
 class Rewards:
@@ -28,6 +25,8 @@ class Rewards:
         classification models with one label, or hub ids or folders of such models.
     weights: one a function; 1 each when None.
     processing_class: tokenizer of reward models given as objects that do not know where they came from.
+    timeout, retries: seconds that one call of a function may take, and how many times one that raised or hung is
+        called again; see GuardedFunction.
     """
 
     def __init__(
@@ -35,6 +34,8 @@ class Rewards:
         reward_funcs: Any | Sequence[Any],
         weights: Sequence[float] | None = None,
         processing_class: Any | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
     ) -> None:
         funcs = (
             list(reward_funcs)
@@ -50,19 +51,28 @@ class Rewards:
         self.funcs = [_as_function(func, processing_class) for func in funcs]
         self.weights = list(weights)
         self.names = _distinct([_name(func) for func in self.funcs])
+        self.calls = [
+            GuardedFunction(name, func, timeout, retries) for name, func in zip(self.names, self.funcs, strict=True)
+        ]
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores [B], fp32, and the unweighted scores of each function by its name."""
-        each = {}
-        for name, func in zip(self.names, self.funcs, strict=True):
-            try:
-                values = func(prompts, completions, **columns)
-            except Exception as error:
-                raise RewardError(f"reward_funcs: {name} raised {type(error).__name__}: {error}") from error
-            each[name] = _checked(name, values, completions)
+        """Scores [B], fp32, and the unweighted scores of each function by its name, all finite.
+
+        Raises RewardError for whatever goes wrong in a reward function: it raised (the cause is what it raised), hung,
+        or returned something other than a finite number for each completion.
+        """
+        each = {
+            call.name: _checked(call.name, call(prompts, completions, **columns), completions) for call in self.calls
+        }
         total = sum(weight * scores for weight, scores in zip(self.weights, each.values(), strict=True))
+        if not total.isfinite().all():
+            index = int(total.isfinite().logical_not().nonzero()[0])
+            parts = ", ".join(
+                f"{weight} x {each[name][index]}" for name, weight in zip(each, self.weights, strict=True)
+            )
+            raise RewardError(f"reward_funcs: the weighted sum for completion {index} is not finite: {parts}")
         return total, each
 
     def to(self, device: torch.device) -> Rewards:
