@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastrlhf.trainers.checkpoints import discard_partial, is_complete, last_checkpoint
+from fastrlhf.trainers.checkpoints import (
+    ReplaceLaterCheckpoints,
+    check_resumable,
+    discard,
+    discard_partial,
+    is_complete,
+    last_checkpoint,
+)
 from fastrlhf.trainers.master_weights import MasterWeights
 from fastrlhf.trainers.metrics import JsonLines
 from fastrlhf.trainers.token_scorer import TokenScorer
@@ -32,6 +43,7 @@ class BaseTrainer(Trainer):
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **kwargs)
         self.add_callback(JsonLines)
+        self.add_callback(ReplaceLaterCheckpoints)
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def record(self, **metrics: torch.Tensor) -> None:
@@ -64,6 +76,8 @@ class BaseTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds no complete checkpoint"
                 )
+        if resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -74,18 +88,41 @@ class BaseTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        output_dir = self._get_output_dir(trial)
+        folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            discard(folder)  # files of a killed or replaced run
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            output_dir = self._get_output_dir(trial)
-            folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             if is_complete(folder):  # the error came after the saving: from rotation, or from a push to the hub
                 raise
             raise discard_partial(folder, output_dir, error) from error
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The next and last file is trainer_state.json, which vouches for those of all processes.
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Or a run that continues from a checkpoint saved before the evaluation would draw other numbers.
+        with same_random_numbers_after(self.args.device):
+            return super()._evaluate(*args, **kwargs)
+
     def floating_point_ops(self, inputs: Any) -> int:
         # The Trainer's estimate knows nothing of rollouts or of positions left out of the LM head.
         return 0
+
+
+@contextmanager
+def same_random_numbers_after(device: torch.device) -> Iterator[None]:
+    """What runs inside changes no random number drawn later: of Python, numpy, and torch on the CPU and on `device`."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
 
 
 class ScorerTrainer(BaseTrainer):
