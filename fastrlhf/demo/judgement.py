@@ -44,10 +44,10 @@ def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> di
         rollouts[policy] = NativeEngine(model, tokenizer).generate(prompt_ids, sampling)
         texts[policy] = rollouts[policy].texts(tokenizer)
         if policy == "ppo":
-            log_probs["ppo"] = response_log_probs(model, rollouts["ppo"], tokenizer.pad_token_id)
+            log_probs["ppo"] = response_log_probs(model, rollouts["ppo"])
         del model
     reference = load("sft")
-    log_probs["sft"] = response_log_probs(reference, rollouts["ppo"], tokenizer.pad_token_id)
+    log_probs["sft"] = response_log_probs(reference, rollouts["ppo"])
     kl = log_probs["ppo"] - log_probs["sft"]
     del reference
     gc.collect()
@@ -84,15 +84,13 @@ def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> di
 
 
 @torch.no_grad()
-def response_log_probs(
-    model: torch.nn.Module, rollout: Rollout, pad_token_id: int, batch_size: int = 32
-) -> torch.Tensor:
+def response_log_probs(model: torch.nn.Module, rollout: Rollout, batch_size: int = 32) -> torch.Tensor:
     """Log-prob [B] of each whole response under `model`, in nats."""
     scorer = TokenScorer(model)
     total = torch.zeros(len(rollout))
     order = sorted(range(len(rollout)), key=lambda i: len(rollout.responses[i]))
     for start in range(0, len(order), batch_size):
-        batch = score_responses(rollout.prompts, rollout.responses, order[start : start + batch_size], pad_token_id)
+        batch = score_responses(rollout.prompts, rollout.responses, order[start : start + batch_size])
         on_device = batch.to(scorer.device)
         log_probs, _ = scorer(on_device.input_ids, on_device.positions, on_device.tokens)
         total.index_add_(0, batch.rows, log_probs.cpu())

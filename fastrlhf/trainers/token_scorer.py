@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from fastrlhf.batching import Packing
 from fastrlhf.trainers.lm_heads import lm_head, registered_lm_head, unsupported
+from fastrlhf.trainers.packed_attention import packed, packed_attention
 from fastrlhf.trainers.scored_tokens import FromHidden, FromLogits, ScoredTokens
 
 Loss = Callable[[ScoredTokens], Any]
@@ -34,21 +36,35 @@ def inside(module: nn.Module | None, function: Callable, *args: Any) -> Any:
         del module.forward
 
 
+def run(model: nn.Module, input_ids: Tensor, packing: Packing | None, **options: Any) -> Any:
+    """The output of a model of transformers for rows padded on the right, or for one row of packed sequences."""
+    # Causal attention alone keeps the padding from the tokens: no mask is needed.
+    if packing is None:
+        return model(input_ids=input_ids, use_cache=False, **options)
+    with packed(model, packing):
+        return model(input_ids=input_ids, position_ids=packing.position_ids, use_cache=False, **options)
+
+
 class TokenScorer(nn.Module):
     """Log-probs of chosen tokens, and losses of them, from the last hidden states of the positions that predict them.
 
     model: a causal language model of transformers, with or without LoRA adapters of peft.
     lm_head: "fused" never calls the model's LM head: the ops take its weight and keep no logits (`lm_heads`). "logits"
         has the model compute all its logits, and takes those at the positions.
-    Raises ValueError for a model whose logits are not what "fused" would compute.
+    padding_free: whether packed sequences are taken, too.
+    Raises ValueError for a model whose logits are not what "fused" would compute, and with `padding_free` for one in
+    which packed sequences disturb each other.
     """
 
-    def __init__(self, model: nn.Module, lm_head: str = "fused") -> None:
+    def __init__(self, model: nn.Module, lm_head: str = "fused", padding_free: bool = False) -> None:
         super().__init__()
         self.model = model
         self.fused = lm_head == "fused"
+        self.padding_free = padding_free
         if self.fused:
             self._check_head()
+        if padding_free:
+            check_packing("model", causal_lm(model), self._states)
 
     @property
     def config(self):
@@ -59,11 +75,25 @@ class TokenScorer(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def packed_attention(self) -> str:
+        """Which attention packed sequences get; see the function of this name."""
+        return packed_attention(self.model)
+
+    @property
     def _keys_to_ignore_on_save(self):
         return causal_lm(self.model)._keys_to_ignore_on_save
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the blocks that FSDP shards one by one."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        return sorted({name for model in models for name in model._no_split_modules or ()})
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
 
     def tie_weights(self) -> None:
         causal_lm(self.model).tie_weights()
@@ -72,36 +102,51 @@ class TokenScorer(nn.Module):
         self.model.activation_checkpointing_enable(**options)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0, loss: Loss | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        temperature: float = 1.0,
+        loss: Loss | None = None,
+        packing: Packing | None = None,
     ) -> Any:
         """Log-probs and entropies [n] of `tokens` [n], or the `loss` of them.
 
-        input_ids: [b, L], padded on the right. positions: [n], indices into the flattened input_ids: where each token
-            is predicted.
+        input_ids: [b, L], padded on the right, or with `packing` the packed sequences [1, N]. positions: [n], indices
+            into the flattened input_ids: where each token is predicted.
         loss: called here, where sharded weights are whole, with the ScoredTokens; its result is returned. What else it
             needs it brings along, out of reach of wrappers that cast a forward's arguments.
         """
-        return self.score(input_ids, positions, tokens, temperature, loss)[0]
+        return self.score(input_ids, positions, tokens, temperature, loss, packing)[0]
 
     def score(
-        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float, loss: Loss | None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        loss: Loss | None,
+        packing: Packing | None = None,
     ) -> tuple[Any, Tensor]:
         """What `forward` returns, and the last hidden states [n, H] at the positions."""
+        if packing is not None and not self.padding_free:
+            raise ValueError(
+                "packing: this scorer was made with padding_free=False and has not checked that its model "
+                "keeps packed sequences apart"
+            )
         model = causal_lm(self.model)
         loss = loss or (lambda scored: scored.log_probs_and_entropy())
-        # Rows are padded on the right, so causal attention alone keeps the padding from the tokens: no mask is needed.
-        inputs = {"input_ids": input_ids, "use_cache": False}
 
         def at_positions(x: Tensor) -> Tensor:
             return x.flatten(0, 1).index_select(0, positions)
 
         if not self.fused:
-            output = model(**inputs, output_hidden_states=True)
+            output = run(model, input_ids, packing, output_hidden_states=True)
             logits, hidden = (at_positions(x) for x in (output.logits, output.hidden_states[-1]))
             return loss(FromLogits(logits, tokens, temperature)), hidden
 
         def from_hidden() -> tuple[Any, Tensor]:
-            hidden = at_positions(model.base_model(**inputs).last_hidden_state)
+            hidden = at_positions(run(model.base_model, input_ids, packing).last_hidden_state)
             return inside(model.get_output_embeddings(), at_head, hidden), hidden
 
         def at_head(hidden: Tensor) -> Any:
@@ -111,8 +156,14 @@ class TokenScorer(nn.Module):
             return inside(model, from_hidden)
         return inside(self.model, inside, model, from_hidden)
 
-    def save_pretrained(self, output_dir: str) -> None:
-        self.model.save_pretrained(output_dir)
+    def save_pretrained(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The model as transformers or peft save it. state_dict: this module's, whole, where its weights are sharded."""
+        self.model.save_pretrained(output_dir, state_dict=part_of(state_dict, "model"))
+
+    def _states(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
+        """Last hidden states [N, H] of all tokens."""
+        positions = torch.arange(input_ids.numel(), device=self.device)
+        return self.score(input_ids, positions, input_ids.flatten(), 1.0, lambda scored: None, packing)[1]
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -142,6 +193,13 @@ class TokenScorer(nn.Module):
             raise unsupported(model, "it gives others than its head, scaled and capped as its configuration says")
 
 
+def part_of(state_dict: dict[str, Tensor] | None, name: str) -> dict[str, Tensor] | None:
+    """What belongs to the submodule of that name, by the names it has there."""
+    if state_dict is None:
+        return None
+    return {key.removeprefix(f"{name}."): x for key, x in state_dict.items() if key.startswith(f"{name}.")}
+
+
 def ramp_like(logits: Tensor) -> Tensor:
     """In every row, numbers from far below to far above any softcap."""
     return torch.linspace(-1000, 1000, logits.shape[-1], device=logits.device).to(logits.dtype).expand_as(logits)
@@ -153,3 +211,34 @@ def same_logits(ours: Tensor, wanted: Tensor) -> bool:
         return False
     tolerance = max(1e-3, 4 * torch.finfo(ours.dtype).eps) * wanted.nan_to_num().abs().max().item()
     return torch.allclose(ours.float(), wanted.float(), rtol=0, atol=tolerance, equal_nan=True)
+
+
+@torch.no_grad()
+def check_packing(argument: str, model: PreTrainedModel, states: Callable[[Tensor, Packing | None], Tensor]) -> None:
+    """Packed sequences must be to the model what each is alone.
+
+    states: called as states(input_ids [1, N], packing or None), gives what the model makes of every token [N, H].
+    """
+    device = model.device
+    if device.type == "meta":
+        return
+    lengths = [5, 1, 3]
+    tokens = torch.arange(1, sum(lengths) + 1, device=device) * 7919 % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    why = None
+    try:
+        alone = torch.cat([states(sequence[None], None) for sequence in tokens.split(lengths)])
+        together = states(tokens[None], Packing.of(lengths).to(device))
+        if not same_logits(together, alone):
+            why = "in it, packed sequences disturb each other, or their positions are not those that it is told"
+    except Exception as error:  # whatever a model makes of arguments or masks that it does not know
+        why, cause = f"it cannot take them ({type(error).__name__}: {error})", error
+    else:
+        cause = None
+    model.train(training)
+    if why is not None:
+        raise ValueError(
+            f"{argument}: {type(model).__name__} does not work on packed sequences: {why}. Set padding_free=False to "
+            "pad them instead."
+        ) from cause

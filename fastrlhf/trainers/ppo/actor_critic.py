@@ -9,33 +9,46 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastrlhf.batching import Packing
 from fastrlhf.rewards.reward_model import score_in_fp32
-from fastrlhf.trainers.token_scorer import Loss, TokenScorer
+from fastrlhf.trainers.token_scorer import Loss, TokenScorer, check_packing, inside, part_of, run
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_FOLDER = "value_model"
 
 
 class ActorCritic(TokenScorer):
-    """A policy with a value head on its own trunk, or with a separate value model.
+    """A policy with a value head on its own trunk, with a separate value model, or without a value function.
 
     policy: a causal language model of transformers, with or without LoRA adapters.
     value_model: a sequence classification model with one label on the same vocabulary; its score at every position
-        is the value. None puts a linear head, zero at the start, on the policy's last hidden state.
-    lm_head: as for TokenScorer.
+        is the value.
+    lm_head, padding_free: as for TokenScorer; the value model must take packed sequences, too.
+    value_head: without a value model, whether there is a linear head, zero at the start, on the policy's last hidden
+        state. False leaves the policy without a value function.
     """
 
-    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None, lm_head: str = "fused") -> None:
-        super().__init__(policy, lm_head)
+    def __init__(
+        self,
+        policy: nn.Module,
+        value_model: nn.Module | None = None,
+        lm_head: str = "fused",
+        padding_free: bool = False,
+        value_head: bool = True,
+    ) -> None:
+        super().__init__(policy, lm_head, padding_free)
         self.value_model = value_model
-        if value_model is None:
+        self.value_head = None
+        if value_model is None and value_head:
             # fp32 whatever the trunk's dtype: its output is regressed on, not a softmax input.
             self.value_head = nn.Linear(self.config.get_text_config().hidden_size, 1, device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        else:
+        if value_model is not None:
             score_in_fp32(value_model)
             _score_head(value_model)
+            if padding_free:
+                check_packing("value_model", value_model, self._value_states)
 
     def activation_checkpointing_enable(self, **options) -> None:
         super().activation_checkpointing_enable(**options)
@@ -43,35 +56,64 @@ class ActorCritic(TokenScorer):
             self.value_model.activation_checkpointing_enable(**options)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0, loss: Loss | None = None
-    ) -> tuple[Any, Any, Tensor]:
-        """Log-probs, entropies and values [n], fp32, of `tokens` [n]; the value is of the state before the token. With
-        `loss`, the pair that it returns, and the values."""
-        scores, hidden = self.score(input_ids, positions, tokens, temperature, loss)
-        return *scores, self.values_of(hidden) if self.value_model is None else self.values(input_ids, positions)
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        temperature: float = 1.0,
+        loss: Loss | None = None,
+        packing: Packing | None = None,
+        train_policy: bool = True,
+    ) -> tuple[Any, Any, Tensor | None]:
+        """Log-probs, entropies and values [n], fp32, of `tokens` [n]; the value is of the state before the token, and
+        None without a value function. With `loss`, the pair that it returns, and the values. train_policy: whether the
+        values' gradient goes on into the policy's trunk."""
+        scores, hidden = self.score(input_ids, positions, tokens, temperature, loss, packing)
+        if self.value_model is not None:
+            return *scores, self._model_values(input_ids, positions, packing)
+        if self.value_head is None:
+            return *scores, None
+        return *scores, self.values_of(hidden if train_policy else hidden.detach())
+
+    def drop_policy_gradients(self) -> None:
+        """Leave gradients to the value function alone."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """The value head's, of the policy's last hidden states [n, H]."""
         return self.value_head(hidden.float()).squeeze(-1)
 
-    def values(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """The value model's, at the positions."""
-        states = self.value_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        states = states.flatten(0, 1).index_select(0, positions)
-        return _score_head(self.value_model)(states).squeeze(-1).float()
+    def values(self, input_ids: Tensor, positions: Tensor, packing: Packing | None = None) -> Tensor:
+        """The value model's, at the positions; as if it were this module's forward."""
+        return inside(self, self._model_values, input_ids, positions, packing)
 
-    def save_pretrained(self, output_dir: str) -> None:
-        """The policy as transformers or peft save it, and the value function beside it."""
-        super().save_pretrained(output_dir)
-        if self.value_model is None:
-            save_file(self.value_head.state_dict(), os.path.join(output_dir, VALUE_HEAD_FILE))
-        else:
-            self.value_model.save_pretrained(os.path.join(output_dir, VALUE_MODEL_FOLDER))
+    def _model_values(self, input_ids: Tensor, positions: Tensor, packing: Packing | None) -> Tensor:
+        def values() -> Tensor:
+            states = self._value_states(input_ids, packing).index_select(0, positions)
+            return _score_head(self.value_model)(states).squeeze(-1).float()
+
+        return inside(self.value_model, values)
+
+    def _value_states(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
+        """The value model's last hidden states [N, H] of all tokens."""
+        return run(self.value_model.base_model, input_ids, packing).last_hidden_state.flatten(0, 1)
+
+    def save_pretrained(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The policy as transformers or peft save it, and the value function, if there is one, beside it."""
+        super().save_pretrained(output_dir, state_dict)
+        if self.value_head is not None:
+            head = self.value_head.state_dict() if state_dict is None else part_of(state_dict, "value_head")
+            save_file(head, os.path.join(output_dir, VALUE_HEAD_FILE))
+        if self.value_model is not None:
+            folder = os.path.join(output_dir, VALUE_MODEL_FOLDER)
+            self.value_model.save_pretrained(folder, state_dict=part_of(state_dict, "value_model"))
 
     def load_value_function(self, folder: str) -> None:
         """Load what `save_pretrained` wrote of the value function."""
-        if self.value_model is None:
+        if self.value_head is not None:
             self.value_head.load_state_dict(load_file(os.path.join(folder, VALUE_HEAD_FILE)))
+        if self.value_model is None:
             return
         saved = type(self.value_model).from_pretrained(os.path.join(folder, VALUE_MODEL_FOLDER))
         with torch.no_grad():
