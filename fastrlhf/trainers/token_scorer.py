@@ -157,7 +157,7 @@ class TokenScorer(nn.Module):
         return inside(self.model, inside, model, from_hidden)
 
     def save_pretrained(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The model as transformers or peft save it. state_dict: this module's, whole, where its weights are sharded."""
+        """The model as transformers or peft save it. state_dict: of this module, whole, if its weights are sharded."""
         self.model.save_pretrained(output_dir, state_dict=part_of(state_dict, "model"))
 
     def _states(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
