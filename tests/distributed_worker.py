@@ -1,4 +1,4 @@
-"""What each of two processes does (gloo, CPU) for test_distributed: many checks in one start, their results in a file."""
+"""What each of two processes does (gloo, CPU) for test_distributed: all checks in one start, results in a file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from fastrlhf import functional as F
+from fastrlhf.rollout import SamplingParams, create_engine
+from fastrlhf.rollout.vllm_engine import checkpoint_weights
+from fastrlhf.trainers import SFTConfig, SFTTrainer
 from fastrlhf.trainers.reductions import (
     any_rank,
     gather_varying,
@@ -19,12 +27,23 @@ from fastrlhf.trainers.reductions import (
     max_over_ranks,
     mean_over_ranks,
 )
+from fastrlhf.trainers.sharding import whole_weights
 
 RANKS = 2
+TEXTS = [
+    "the good film",
+    "a bad film was bad , bad , bad",
+    "hello",
+    "Human: hi and so on",
+    "hi",
+    "the film was",
+    "so so good",
+    "user: not bad",
+] * 2
 
 
 def rollouts() -> list[tuple[torch.Tensor, ...]]:
-    """Scores, log-probs, reference log-probs, values and mask, of a rank each: 3 responses of up to 7 tokens, 2 of 4."""
+    """Of a rank each, scores, log-probs, reference log-probs, values and mask: 3 of up to 7 tokens, 2 of 4."""
     generator = torch.Generator().manual_seed(0)
     results = []
     for lengths, width in (((7, 2, 5), 7), ((1, 4), 4)):
@@ -50,7 +69,144 @@ def reductions(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-CHECKS: tuple[Callable[[int, Path], dict[str, Any]], ...] = (reductions,)
+def sft_arguments(folder: Path, **options: Any) -> SFTConfig:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8 // ranks, "max_grad_norm": 0.5}
+    args = SFTConfig(
+        str(folder),
+        train_sampling_strategy="sequential",
+        learning_rate=0.01,
+        warmup_steps=1,
+        adam_epsilon=1e-3,  # the first steps are not by the sign of a gradient that is rounding
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **{**defaults, **options},
+    )
+    AcceleratorState._reset_state()
+    if args.fsdp:  # accelerate shards over GPUs: it is to think that these are some
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    elif dist.is_initialized():
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    return args
+
+
+def sft_trainer(models: Path, output: Path, dtype: str = "float32", **options: Any) -> SFTTrainer:
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj", "lm_head"]) if "lora" in output.name else None
+    return SFTTrainer(
+        str(models / ("tied" if "tied" in output.name else "model")),
+        sft_arguments(output, **options),
+        Dataset.from_dict({"text": TEXTS}),
+        peft_config=lora,
+        model_init_kwargs={"dtype": dtype},
+    )
+
+
+def sft(models: Path, output: Path, resume: bool = False, **options: Any) -> SFTTrainer:
+    """A trainer that has trained, from the start or from its checkpoint in the middle."""
+    trainer = sft_trainer(models, output, **options)
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-2") if resume else None)
+    if not resume:
+        trainer.save_model(str(output / "final"))
+    return trainer
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whole."""
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in module.named_parameters()}
+
+
+def steps_of(trainer: SFTTrainer) -> list[dict[str, float]]:
+    """What was logged of each."""
+    return [record for record in trainer.state.log_history if "loss" in record]
+
+
+SFT_RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, lora": {},
+    "fsdp": {"fsdp": True},
+    "fsdp, tied": {"fsdp": True},
+    "fsdp, lora": {"fsdp": True},
+    "fsdp, accumulated": {"fsdp": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "fsdp, bf16 weights": {"fsdp": True, "dtype": "bfloat16"},
+}
+
+
+def sfts(rank: int, folder: Path) -> dict[str, Any]:
+    results = {}
+    for name, options in SFT_RUNS.items():
+        trainer = sft(folder, folder / name, **options)
+        results[name] = {
+            "weights": weights(trainer.scorer.model),
+            "resumed": weights(sft(folder, folder / name, resume=True, **options).scorer.model),
+            "log": steps_of(trainer),
+            "sharded": {isinstance(p, DTensor) for p in trainer.scorer.parameters()},
+            "loss": trainer.evaluate(trainer.train_dataset)["eval_loss"],
+        }
+    return results
+
+
+def refusals(rank: int, folder: Path) -> list[str]:
+    """What is said of ways to shard that would not do as asked."""
+    messages = []
+    for kind, config in (("MULTI_GPU", {"state_dict_type": "SHARDED_STATE_DICT"}), ("MULTI_CPU", {})):
+        args = sft_arguments(folder / "refused", fsdp=True, fsdp_config=config)
+        PartialState._shared_state["distributed_type"] = DistributedType(kind)
+        try:
+            SFTTrainer(str(folder / "model"), args, Dataset.from_dict({"text": TEXTS}))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def casts(rank: int, folder: Path) -> torch.Tensor:
+    """Log-probs by weights in fp32 and products in bf16."""
+    trainer = sft(folder, folder / "cast", fsdp=True, bf16=True, max_steps=1, save_strategy="no")
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        return trainer.scorer(batch["input_ids"], batch["positions"], batch["labels"])[0]
+
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+SAMPLING = SamplingParams(12, seed=3)
+
+
+class Rollouts(TrainerCallback):
+    """Before every step, responses to the prompts, more of these on the second rank, and the weights behind them."""
+
+    def __init__(self, trainer: SFTTrainer, rank: int) -> None:
+        self.trainer, self.prompts = trainer, PROMPTS[: 1 + 2 * rank]
+        model = trainer.scorer.model
+        self.engines = [create_engine(kind, model, trainer.processing_class) for kind in ("native", "transformers")]
+        self.steps: list[dict[str, Any]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        scorer = self.trainer.scorer
+        with whole_weights(scorer):
+            rollouts = [engine.generate(self.prompts, SAMPLING) for engine in self.engines]
+            whole = {type(p) for p in scorer.parameters()}
+            exported = {name: x.clone() for name, x in checkpoint_weights(scorer.model).items()}
+        sharded = {isinstance(p, DTensor) for p in scorer.parameters()}
+        responses = [(rollout.responses, rollout.log_probs) for rollout in rollouts]
+        self.steps.append({"responses": responses, "whole": whole, "sharded": sharded, "weights": exported})
+
+
+def engines(rank: int, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {"prompts": PROMPTS[: 1 + 2 * rank]}
+    for name in ("fsdp, tied", "fsdp, lora"):
+        trainer = sft_trainer(folder, folder / name, fsdp=True, save_strategy="no")
+        rollouts = Rollouts(trainer, rank)
+        trainer.add_callback(rollouts)
+        trainer.train()
+        results[name] = {"steps": rollouts.steps, "weights": weights(trainer.scorer.model)}
+        # Outside of whole_weights, tensor by tensor.
+        results[name]["exported"] = checkpoint_weights(trainer.scorer.model)
+    return results
+
+
+CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines)
 
 
 def main(rank: int, port: int, folder: Path) -> None:

@@ -66,9 +66,12 @@ def test_state_continues_bit_for_bit():
 
 def test_state_of_fp32_weights_is_refused():
     plain = nn.Parameter(torch.zeros(2))
+    plain.grad = torch.ones(2)
+    saved = torch.optim.AdamW([plain])
+    saved.step()
     half = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="none fp32 master weights where this optimizer has 1"):
-        AdamW([half]).load_state_dict(torch.optim.AdamW([plain]).state_dict())
+        AdamW([half]).load_state_dict(saved.state_dict())
 
 
 def test_zero_grad():

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -422,7 +423,8 @@ def without_adapters(model: nn.Module) -> nn.Module:
 def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by the names that its checkpoints have, tied ones once, with adapters of peft merged.
 
-    The tensors are the model's own where no adapter is on them.
+    The tensors are the model's own where no adapter is on them. Weights that are sharded over ranks (DTensor) are
+    gathered one after the other: a collective then, in which every rank gets all of them.
     """
     base = without_adapters(model)
     weights: dict[str, Tensor] = {}
@@ -439,6 +441,7 @@ def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
                         "an adapter is on embeddings that are tied to the LM head: with it they are two weights, and "
                         "vLLM has one; leave it out, or untie them"
                     )
+    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
     return revert_weight_conversion(base, weights)
 
 
@@ -446,20 +449,34 @@ def _merge(module: nn.Module, prefix: str, weights: dict[str, Tensor], seen: set
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
+    merged: dict[str, Tensor] = {}
     if isinstance(module, BaseTunerLayer):
         if module.active_adapters and not module.disable_adapters and not module.merged:
-            # Merging and unmerging in place would leave rounding in the policy's weights, step after step.
-            module = copy.deepcopy(module)
-            module.merge()
+            merged = _merged(module)
         module = module.get_base_layer()
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise ValueError(f"{prefix.removesuffix('.')}: modules_to_save cannot be merged into a checkpoint")
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            weights[prefix + name] = parameter.detach()
+            weights[prefix + name] = merged.get(name, parameter.detach())
     for name, child in module.named_children():
         _merge(child, f"{prefix}{name}.", weights, seen)
+
+
+def _merged(layer: Any) -> dict[str, Tensor]:
+    """The weights below the adapters, with these merged into copies: merging and unmerging in place would leave
+    rounding in the policy's weights, step after step."""
+    base = layer.get_base_layer()
+    own = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
+    base._parameters.update({name: nn.Parameter(x.detach().clone(), requires_grad=False) for name, x in own.items()})
+    try:
+        layer.merge()
+        merged = {name: base._parameters[name].detach().clone() for name in own}
+        layer.unmerge()
+    finally:
+        base._parameters.update(own)
+    return merged
 
 
 @contextmanager

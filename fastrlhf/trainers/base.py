@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fastrlhf.trainers.checkpoints import (
 )
 from fastrlhf.trainers.master_weights import MasterWeights
 from fastrlhf.trainers.metrics import JsonLines
+from fastrlhf.trainers.reductions import mean_over_ranks
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 
@@ -42,19 +44,24 @@ class BaseTrainer(Trainer):
             # A broadcast before each forward would hang ranks whose batches fall into different numbers of groups.
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **kwargs)
+        _prepare_sharding(self)
         self.add_callback(JsonLines)
         self.add_callback(ReplaceLaterCheckpoints)
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def record(self, **metrics: torch.Tensor) -> None:
-        """Keep scalar tensors, on their device, until the next `log` averages and fetches them."""
+        """Keep scalar tensors, on their device, until the next `log` averages and fetches them.
+
+        The average is over steps and over ranks, each of which records the same names in the same order.
+        """
         for name, value in metrics.items():
             self._metrics[name].append(value.detach().to(self.args.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._metrics and ("loss" in logs or "train_loss" in logs):  # not into an evaluation's record
-            # One transfer for all metrics of the step.
+            # One collective and one transfer for all metrics of the step.
             means = torch.stack([torch.stack(values).float().mean() for values in self._metrics.values()])
+            means = mean_over_ranks(means, self.accelerator)
             logs.update(zip(self._metrics, means.tolist(), strict=True))
             self._metrics.clear()
         super().log(logs, start_time)
@@ -133,12 +140,13 @@ class ScorerTrainer(BaseTrainer):
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
-        self.scorer.save_pretrained(output_dir)
+        self.scorer.save_pretrained(output_dir, state_dict)
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, self.scorer.model)
+        # Under FSDP, a checkpoint also holds the state of the whole module, in a file of accelerate's.
+        super()._load_from_checkpoint(resume_from_checkpoint, model if self.accelerator.is_fsdp2 else self.scorer.model)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -150,10 +158,40 @@ class ScorerTrainer(BaseTrainer):
 
 def _refuse_unsupported(args: TrainingArguments, model: torch.nn.Module) -> None:
     """Errors for what would train wrongly or not at all."""
-    if args.fsdp or args.deepspeed:
-        raise ValueError("fsdp and deepspeed are not supported yet; use one process, or torchrun without them (DDP)")
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} is not supported, leave it at 0")
     trained = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype == torch.float16 for p in trained):
         raise ValueError("model: fp16 weights cannot be trained; load the model with dtype bfloat16 or float32")
+
+
+def _prepare_sharding(trainer: Trainer) -> None:
+    """Errors for ways to shard, asked for in TrainingArguments or by `accelerate launch`, that were never tried with
+    these trainers; and log-probs, losses and sums of gradients that are not rounded to the dtype of the products."""
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "deepspeed: these trainers were never run on DeepSpeed; FSDP2 shards the same (weights, gradients and "
+            "optimizer state, as ZeRO 3): fsdp=True, or fsdp_version: 2 in accelerate's configuration"
+        )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        if trainer.args.fsdp:
+            device = trainer.args.device.type
+            raise ValueError(f"fsdp={trainer.args.fsdp}: accelerate shards over GPUs, not over {device}; leave it out")
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp: version {plugin.fsdp_version} of FSDP is not supported, set fsdp_version to 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp: cpu_ram_efficient_loading leaves most ranks without the weights that engines and reference models "
+            "are made from, set it to false"
+        )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp: with state_dict_type={plugin.state_dict_type} a checkpoint has no model that transformers load, "
+            "set it to FULL_STATE_DICT"
+        )
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )

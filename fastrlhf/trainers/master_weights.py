@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class MasterWeights(Optimizer):
     `MasterWeights.over(torch.optim.AdamW)` is the class that steps with AdamW; it takes AdamW's arguments.
     params: parameters or parameter groups, as for any optimiser.
     Costs 4 bytes a bf16 parameter for the master and 4 more while stepping, for the widened gradient.
-    `state_dict` holds the masters, so a resumed run continues from them, not from their rounded copies.
+    `state_dict` is that of `optimizer_cls` over the weights, each with its "master" beside the moments, so a resumed
+    run continues from the masters, not from their rounded copies. Sharded weights (DTensor) have sharded masters.
     """
 
     optimizer_cls: type[Optimizer]
@@ -29,14 +31,17 @@ class MasterWeights(Optimizer):
         return type(f"{cls.__name__}{optimizer_cls.__name__}", (cls,), {"optimizer_cls": optimizer_cls})
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
-        groups = list(params)
-        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        self.options = options
+        self.optimizer: Optimizer | None = None
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
-        self.optimizer = self.optimizer_cls(
-            [{**group, "params": [self._master(p) for p in group["params"]]} for group in groups], **options
-        )
-        super().__init__(self.optimizer.param_groups, self.optimizer.defaults)
-        self._share_groups()
+        super().__init__(params, self.optimizer_cls([torch.nn.Parameter(torch.zeros(1))], **options).defaults)
+
+    def _make_masters(self) -> Optimizer:
+        """The optimiser inside, made when it is needed first: FSDP puts shards in place of the weights before that."""
+        if self.optimizer is None:
+            groups = [{**group, "params": [self._master(p) for p in group["params"]]} for group in self.param_groups]
+            self.optimizer = self.optimizer_cls(groups, **self.options)
+        return self.optimizer
 
     def _master(self, weight: torch.nn.Parameter) -> torch.nn.Parameter:
         if weight.dtype != torch.bfloat16:
@@ -45,48 +50,59 @@ class MasterWeights(Optimizer):
         self.pairs.append((weight, master))
         return master
 
-    def _share_groups(self) -> None:
-        # Schedulers write the learning rate into param_groups: both must be the same dictionaries.
-        self.param_groups = self.optimizer.param_groups
-        self.state = self.optimizer.state
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        optimizer = self._make_masters()
+        for mine, inner in zip(self.param_groups, optimizer.param_groups, strict=True):
+            inner.update(_options(mine))  # the learning rate, as the scheduler has set it
         for weight, master in self.pairs:
             master.grad = None if weight.grad is None else weight.grad.float()
-        self.optimizer.step()
+        optimizer.step()
         for weight, master in self.pairs:
             weight.copy_(master)
             master.grad = None
+        self._show(optimizer)
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-        for weight, _ in self.pairs:
-            if set_to_none:
-                weight.grad = None
-            elif weight.grad is not None:
-                weight.grad.zero_()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.optimizer.state_dict(), "masters": [master.detach() for _, master in self.pairs]}
+    def _show(self, optimizer: Optimizer) -> None:
+        """State and options of the optimiser inside as this one's own, by the weights instead of their masters."""
+        for mine, inner in zip(self.param_groups, optimizer.param_groups, strict=True):
+            mine.update(_options(inner))
+        masters = {master: weight for weight, master in self.pairs}
+        self.state.clear()
+        for weight, master in self.pairs:
+            self.state[weight]["master"] = master.detach()
+        for parameter, state in optimizer.state.items():
+            self.state[masters.get(parameter, parameter)].update(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = dict(state_dict)
-        masters = state_dict.pop("masters", None)
-        if masters is None or len(masters) != len(self.pairs):
-            found = "none" if masters is None else len(masters)
+        states = state_dict["state"]
+        if not states:  # of an optimiser that made no step
+            super().load_state_dict(state_dict)
+            return
+        optimizer = self._make_masters()
+        names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        weights = chain.from_iterable(group["params"] for group in self.param_groups)
+        names = {weight: name for name, weight in zip(names, weights, strict=False)}
+        masters = [states.get(names.get(weight), {}).get("master") for weight, _ in self.pairs]
+        found = sum(master is not None for master in masters)
+        if found != len(self.pairs):
             raise ValueError(
-                f"state_dict holds {found} fp32 master weights where this optimizer has {len(self.pairs)}: it was "
-                "saved with weights of another dtype. Load the model in the dtype it was trained in."
+                f"state_dict holds {found or 'none'} fp32 master weights where this optimizer has {len(self.pairs)}: "
+                "it was saved with weights of another dtype. Load the model in the dtype it was trained in."
             )
-        self.optimizer.load_state_dict(state_dict)
-        self._share_groups()
+        inner = {name: {k: v for k, v in state.items() if k != "master"} for name, state in states.items()}
+        optimizer.load_state_dict({**state_dict, "state": {name: state for name, state in inner.items() if state}})
         with torch.no_grad():
             for (weight, master), saved in zip(self.pairs, masters, strict=True):
                 master.copy_(saved)
                 weight.copy_(saved)
+        self._show(optimizer)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

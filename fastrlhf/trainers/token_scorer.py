@@ -158,7 +158,12 @@ class TokenScorer(nn.Module):
 
     def save_pretrained(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """The model as transformers or peft save it. state_dict: of this module, whole, if its weights are sharded."""
-        self.model.save_pretrained(output_dir, state_dict=part_of(state_dict, "model"))
+        state_dict = part_of(state_dict, "model")
+        if state_dict is not None:  # tied weights have become two there
+            first: dict[nn.Parameter, str] = {}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                state_dict[name] = state_dict[first.setdefault(parameter, name)]
+        self.model.save_pretrained(output_dir, state_dict=state_dict)
 
     def _states(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
         """Last hidden states [N, H] of all tokens."""
