@@ -144,15 +144,21 @@ class Stopwatch:
         try:
             with suppress(AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)  # or freed pages that are still resident would count for nothing
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
-            before = _resident("VmRSS")
+            forget_high_water()
+            before = resident("VmRSS")
             work(argument)
-            return (_resident("VmHWM") - before) / 1024
+            return (resident("VmHWM") - before) / 1024
         except OSError:
             return float("nan")
 
 
-def _resident(entry: str) -> int:
+def forget_high_water() -> None:
+    """From here on, VmHWM is the highest resident set since (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(entry: str) -> int:
+    """KiB: VmRSS, the resident set of this process, or VmHWM, its highest (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{entry}:")[1].split()[0])
 

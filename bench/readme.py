@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.bench import accuracy, records, report
+from fastrlhf.bench import accuracy, ppo_learning, records, report
 from fastrlhf.demo.report import measures, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,8 @@ FAMILIES = {
     "losses": "Losses",
 }
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
-ROLLOUT = "rollout"
+ROLLOUT, PPO = "rollout", "ppo"
+PHASES = ("rollout", "reward", "reference", "update", "backward", "optimizer")  # the last two are parts of the update
 NOTHING = "No results are committed yet."
 
 
@@ -46,7 +47,7 @@ def performance_tables(folder: Path) -> str:
 
 
 def _of_device(folder: Path) -> list[str]:
-    families = (*FAMILIES, "calls", "accuracy", ROLLOUT)
+    families = (*FAMILIES, "calls", "accuracy", ROLLOUT, PPO)
     known = [*families, *(f"{name}-{variant}" for name in families for variant in VARIANTS)]
     found = {name: records.read(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()}
     usual = {name: found[name] for name in families if name in found}
@@ -72,7 +73,38 @@ def _of_device(folder: Path) -> list[str]:
     rollouts = next((found[name] for name in (ROLLOUT, f"{ROLLOUT}-huge-pages") if name in found), None)
     if rollouts is not None:
         parts.append(f"{_of_rollouts(rollouts)}\n\n{family(rollouts)}")
+    ppo = next((found[name] for name in (PPO, f"{PPO}-huge-pages") if name in found), None)
+    if ppo is not None:
+        parts += [_of_ppo(ppo), family(ppo), "Where the time goes, in seconds, with the peak of memory:", phases(ppo)]
+    learning = folder / "ppo-learning.json"
+    if learning.exists():
+        parts += [
+            f"What PPO learns, ours and TRL's on the demo's task. {ppo_learning.statement(records.read(learning))}"
+        ]
+        parts += [f"![reward curves](bench/results/{folder.name}/ppo-learning.png)"]
     return parts
+
+
+def _of_ppo(content: dict[str, Any]) -> str:
+    return (
+        "Whole iterations of PPO, on equal work: the same models, prompts, tokens and optimiser steps. The limit, of "
+        "an iteration without its rollout, is the matrix products of trunks and head alone. Ours keeps fp32 masters of "
+        f"bf16 weights, TRL has all weights in bf16. {_who(content['peers'])}"
+    )
+
+
+def phases(content: dict[str, Any]) -> str:
+    """What an iteration of each contender is made of; backward pass and optimiser are parts of the update."""
+    lines = {}
+    for row in content["rows"]:
+        for name, result in row["results"].items():
+            if "peak_mib" not in result:
+                continue
+            title = f"{row['work']}, {row['dtype']}" if name == records.OURS else name
+            numbers = (f"{result[f'{phase}_s']:.3g}" for phase in PHASES)
+            peak = f"{result['peak_mib'] / 1024:.1f}"
+            lines[title] = (title, report.time(result["median_ms"]), *numbers, str(result["optimizer_steps"]), peak)
+    return table(["", "iteration", *PHASES, "optimiser steps", "GiB"], list(lines.values()))
 
 
 def _of_rollouts(content: dict[str, Any]) -> str:

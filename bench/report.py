@@ -13,6 +13,11 @@ FACTS = {
     "kv_mib": "MiB of KV cache",
     "kernels_a_step": "kernels a step",
     "launches_a_step": "launches a step",
+    "rollout_s": "s of rollout",
+    "reward_s": "s of reward",
+    "reference_s": "s of reference",
+    "update_s": "s of update",
+    "peak_mib": "MiB at the peak",
 }
 
 

@@ -32,6 +32,25 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class PPO:
+    model: str = "SmolLM2-135M-Instruct"
+    prompts: int = 16  # of an iteration
+    prompt: int = 16  # tokens
+    response: int = 32
+    epochs: int = 4
+    micro_batch: int = 4  # responses
+    turns: int = 3  # of every contender
+    long: tuple[int, int] = (8, 512)  # responses x tokens, where memory is looked at
+    attention: str = "eager"  # torch's fused one has a backward that is slow on short texts
+
+    @property
+    def stock(self) -> int:
+        """Prompts of the data set: more than two iterations take, for at the end of an epoch of the data TRL makes an
+        optimiser step after every micro-batch."""
+        return 4 * self.prompts
+
+
+@dataclass(frozen=True)
 class Setting:
     device: str = "cpu"
     rows: int = 512  # of logits
@@ -45,6 +64,7 @@ class Setting:
     lm_heads: tuple[tuple[int, int, int], ...] = ((4096, 576, 49_152), (512, 2048, 32_000))
     lm_heads_of_ppo: tuple[tuple[int, int, int], ...] = ()  # for the row of the PPO loss alone
     rollouts: Rollouts = field(default_factory=Rollouts)
+    ppo: PPO = field(default_factory=PPO)
 
     @property
     def on_cpu(self) -> bool:
@@ -77,6 +97,7 @@ QUICK = {
             product=512,
             seconds=0.0,
         ),
+        ppo=PPO(prompts=4, prompt=4, response=4, epochs=2, micro_batch=2, turns=1, long=(2, 16)),
     )
     for device in FULL
 }
@@ -90,6 +111,7 @@ TINY = Setting(
     lm_heads=((12, 8, 100),),
     lm_heads_of_ppo=((6, 8, 50),),
     rollouts=Rollouts("tiny", (1, 3), 5, 4, LongTail(6, 2, 2, 6), ((3, 1000),), 16, 0.0),
+    ppo=PPO("tiny", 4, 4, 4, 2, 2, 1, (2, 8)),
 )
 
 

@@ -1,16 +1,17 @@
-"""`fastrlhf bench kernels` and `rollout`: runs the families, prints their tables and keeps the results."""
+"""`fastrlhf bench kernels`, `rollout` and `ppo`: runs the families, prints their tables and keeps the results."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastrlhf.bench import accuracy, advantages, calls, lm_head, log_probs, losses, records, report, rollout
+from fastrlhf.bench import accuracy, advantages, calls, lm_head, log_probs, losses, ppo_step, records, report, rollout
 from fastrlhf.bench.contests import OURS
 from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
 from fastrlhf.bench.measure import Stopwatch, keep_memory, measure
@@ -26,8 +27,14 @@ FAMILIES = {
     "rollout": rollout,
 }
 ACCURACY = "accuracy"
-ROLL_CALLS = {"rollout": rollout.roll_call}  # whose peers are others than those of the kernels
-SUITES = {"kernels": (*(name for name in FAMILIES if name not in ROLL_CALLS), ACCURACY), "rollout": ("rollout",)}
+PPO = "ppo"
+# Whose peers are others than those of the kernels.
+ROLL_CALLS = {"rollout": rollout.roll_call, PPO: ppo_step.roll_call}
+SUITES = {
+    "kernels": (*(name for name in FAMILIES if name not in ROLL_CALLS), ACCURACY),
+    "rollout": ("rollout",),
+    PPO: (PPO,),
+}
 
 
 def run(
@@ -51,14 +58,22 @@ def run(
         content["rows"] = accuracy.measure(setting)
         console.print(report.of_accuracy(content["rows"]))
     else:
-        for row in FAMILIES[family].rows(setting):
-            content["rows"].append(measure(row, stopwatch, setting.seconds, bandwidth))
+        for row in _measured(family, setting, stopwatch, bandwidth):
+            content["rows"].append(row)
             records.write(path, content)
             console.print(report.of_row(content["rows"][-1]))
         console.print(report.of_targets(content["rows"]))
     content["complete"] = True
     records.write(path, content)
     return content
+
+
+def _measured(family: str, setting: Setting, stopwatch: Any, bandwidth: float | None) -> Iterator[dict[str, Any]]:
+    if family == PPO:  # its contenders are processes, which are timed in there
+        yield from ppo_step.measure(setting)
+        return
+    for row in FAMILIES[family].rows(setting):
+        yield measure(row, stopwatch, setting.seconds, bandwidth)
 
 
 def failures(content: dict[str, Any]) -> list[str]:
@@ -108,4 +123,9 @@ random model shaped like Qwen2-0.5B), responses of widely varying length, and dr
 time of a whole rollout, the prompts and the packing of the weights included, divided by its tokens. The roofline of a
 step is the longer of reading the weights and the cache once, at the bandwidth of a plain loop, and the products at the
 peak of a square one, all measured in the same run.""",
+    PPO: """Times whole iterations of PPOTrainer beside TRL's last PPO trainer (`make bench` installs it), on equal
+work: SmolLM2-135M-Instruct, the same prompts, tokens and optimiser steps. fp32 weights, bf16 weights with fp32 masters,
+and bf16 with the value head on the policy's trunk; TRL in fp32 and with all weights in bf16. Each runs in a process of
+its own, in turns. The limit is the matrix products of trunks and head alone, for an iteration without its rollout.
+Takes a quarter of an hour.""",
 }

@@ -14,7 +14,8 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   ppo       PPO of a language model against reward models and functions
   demo      the whole way on real human ratings, on a laptop
   env       versions, the machine, and which backend serves which op
-  bench     bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding
+  bench     bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding; bench ppo:
+            whole iterations of PPO beside TRL's; bench ppo_learning: what both learn
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -112,9 +113,16 @@ def env(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    if argv[:1] not in (["kernels"], ["rollout"]):
+    if argv[:1] == ["ppo_learning"]:
+        from fastrlhf.bench.ppo_learning import main as run_learning
+
+        return run_learning(argv[1:])
+    if argv[:1] not in (["kernels"], ["rollout"], ["ppo"]):
         what = " ".join(argv[:1]) or "what?"
-        raise ValueError(f"bench {what}: wanted `bench kernels` or `bench rollout` (--help lists the flags)")
+        raise ValueError(
+            f"bench {what}: wanted `bench kernels`, `bench rollout`, `bench ppo` or `bench ppo_learning` (--help lists "
+            "the flags)"
+        )
     from fastrlhf.bench.suite import main as run
 
     run(*argv[:1], argv[1:])
