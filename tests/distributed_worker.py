@@ -14,12 +14,12 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fastrlhf import functional as F
 from fastrlhf.rollout import SamplingParams, create_engine
 from fastrlhf.rollout.vllm_engine import checkpoint_weights
-from fastrlhf.trainers import SFTConfig, SFTTrainer
+from fastrlhf.trainers import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from fastrlhf.trainers.reductions import (
     any_rank,
     gather_varying,
@@ -69,35 +69,39 @@ def reductions(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def sft_arguments(folder: Path, **options: Any) -> SFTConfig:
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8 // ranks, "max_grad_norm": 0.5}
-    args = SFTConfig(
+def arguments(kind: type[TrainingArguments], folder: Path, **options: Any) -> TrainingArguments:
+    """Of four small steps in two epochs, with a checkpoint in the middle of the second."""
+    args = kind(
         str(folder),
-        train_sampling_strategy="sequential",
         learning_rate=0.01,
         warmup_steps=1,
         adam_epsilon=1e-3,  # the first steps are not by the sign of a gradient that is rounding
+        max_grad_norm=0.5,
+        max_steps=options.pop("max_steps", 4),
+        save_steps=3,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **{**defaults, **options},
+        **options,
     )
     AcceleratorState._reset_state()
-    if args.fsdp:  # accelerate shards over GPUs: it is to think that these are some
+    if dist.is_initialized():
         assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    elif dist.is_initialized():
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        # accelerate shards over GPUs: it is to think that these are some.
+        PartialState._shared_state["distributed_type"] = DistributedType("MULTI_GPU" if args.fsdp else "MULTI_CPU")
     return args
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sft_trainer(models: Path, output: Path, dtype: str = "float32", **options: Any) -> SFTTrainer:
     lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj", "lm_head"]) if "lora" in output.name else None
     return SFTTrainer(
         str(models / ("tied" if "tied" in output.name else "model")),
-        sft_arguments(output, **options),
+        arguments(SFTConfig, output, **{"per_device_train_batch_size": 8 // ranks(), **options}),
         Dataset.from_dict({"text": TEXTS}),
         peft_config=lora,
         model_init_kwargs={"dtype": dtype},
@@ -107,7 +111,7 @@ def sft_trainer(models: Path, output: Path, dtype: str = "float32", **options: A
 def sft(models: Path, output: Path, resume: bool = False, **options: Any) -> SFTTrainer:
     """A trainer that has trained, from the start or from its checkpoint in the middle."""
     trainer = sft_trainer(models, output, **options)
-    trainer.train(resume_from_checkpoint=str(output / "checkpoint-2") if resume else None)
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-3") if resume else None)
     if not resume:
         trainer.save_model(str(output / "final"))
     return trainer
@@ -118,7 +122,7 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in module.named_parameters()}
 
 
-def steps_of(trainer: SFTTrainer) -> list[dict[str, float]]:
+def steps_of(trainer: Trainer) -> list[dict[str, float]]:
     """What was logged of each."""
     return [record for record in trainer.state.log_history if "loss" in record]
 
@@ -152,7 +156,7 @@ def refusals(rank: int, folder: Path) -> list[str]:
     """What is said of ways to shard that would not do as asked."""
     messages = []
     for kind, config in (("MULTI_GPU", {"state_dict_type": "SHARDED_STATE_DICT"}), ("MULTI_CPU", {})):
-        args = sft_arguments(folder / "refused", fsdp=True, fsdp_config=config)
+        args = arguments(SFTConfig, folder / "refused", fsdp=True, fsdp_config=config)
         PartialState._shared_state["distributed_type"] = DistributedType(kind)
         try:
             SFTTrainer(str(folder / "model"), args, Dataset.from_dict({"text": TEXTS}))
@@ -203,6 +207,54 @@ def engines(rank: int, folder: Path) -> dict[str, Any]:
         results[name] = {"steps": rollouts.steps, "weights": weights(trainer.scorer.model)}
         # Outside of whole_weights, tensor by tensor.
         results[name]["exported"] = checkpoint_weights(trainer.scorer.model)
+    return results
+
+
+PPO_RUNS: dict[str, dict[str, Any]] = {
+    "value head": {"reward_normalization": "batch"},
+    "value model": {"reward_normalization": "running", "kl_controller": "adaptive", "kl_target": 0.01},
+    "lora": {"reward_normalization": "running", "max_tokens_per_micro_batch": 40},
+    "grpo": {"advantage_estimator": "grpo", "num_generations": 2, "reward_normalization": "group"},
+}
+
+
+def ppo(models: Path, output: Path, resume: bool = False, **options: Any) -> tuple[PPOTrainer, list[list[str]]]:
+    """A trainer that has trained, and the responses of each step."""
+    name, responses = output.name.removeprefix("ddp, ").removeprefix("fsdp, "), []
+
+    def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        responses.append(completions)
+        return [float(sum(map(str.isalpha, completion))) for completion in completions]
+
+    options = {"per_device_train_batch_size": 2, "num_ppo_epochs": 2, **PPO_RUNS[name], **options}
+    trainer = PPOTrainer(
+        str(models / "model"),
+        arguments(PPOConfig, output, rollout_batch_size=8 // ranks(), response_length=6, **options),
+        letters,
+        Dataset.from_dict({"prompt": TEXTS}),
+        value_model=str(models / "value") if name == "value model" else None,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "lm_head"]) if name == "lora" else None,
+    )
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-3") if resume else None)
+    return trainer, responses
+
+
+def ppos(rank: int, folder: Path) -> dict[str, Any]:
+    results = {}
+    for name in PPO_RUNS:
+        for way, options in {"ddp": {}, "fsdp": {"fsdp": True}}.items():
+            output = folder / f"{way}, {name}"
+            trainer, responses = ppo(folder, output, **options)
+            again, _ = ppo(folder, output, resume=True, **options)
+            results[output.name] = {
+                "weights": weights(trainer.scorer),
+                "responses": responses,
+                "log": steps_of(trainer),
+                "state": {kind: part.state_dict() for kind, part in trainer._stateful().items()},
+                "sharded": {isinstance(p, DTensor) for p in trainer.scorer.parameters()},
+                "resumed": weights(again.scorer),
+                "resumed_log": steps_of(again)[-1:],
+            }
     return results
 
 

@@ -21,6 +21,7 @@ from fastrlhf.trainers.reductions import any_rank, gather_varying, global_advant
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_model(folder / "model")
+    save_tiny_model(folder / "value", reward=True)
     config = tiny_config()
     config.tie_word_embeddings = True
     LlamaForCausalLM(config).save_pretrained(folder / "tied")

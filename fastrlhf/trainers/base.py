@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastrlhf.trainers.checkpoints import (
@@ -87,12 +90,25 @@ class BaseTrainer(Trainer):
             check_resumable(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs: Any) -> None:
         # transformers looks at max_steps only after a step: a finished run that is resumed would make one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        # The Trainer does not get at the sampler of an epoch that it resumes in the middle.
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if hasattr(batches, "sampler") and hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroups(sampler, seed)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         output_dir = self._get_output_dir(trial)
@@ -120,6 +136,19 @@ class BaseTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         # The Trainer's estimate knows nothing of rollouts or of positions left out of the LM head.
         return 0
+
+
+class SeededLengthGroups(LengthGroupedSampler):
+    """Groups of similar length, drawn from a seed and the epoch: the same ones on all ranks, and after a resume in the
+    middle of an epoch. transformers draws them from the numbers that all else in a process draws from."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 @contextmanager
