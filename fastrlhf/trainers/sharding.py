@@ -20,7 +20,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     different lengths, say. Costs the memory of the whole model. Nothing may be trained inside. A model that is not
     sharded stays as it is.
     """
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = _shards(model)
     with torch.no_grad():
         for root in _roots(model):
             inside(root, lambda: None)  # FSDP takes the first module that runs for the root of those below
@@ -36,8 +36,18 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for group, mesh in after_forward.items():
             group.post_forward_mesh_info = mesh
-        for module in shards:
-            module.reshard()
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees weights that FSDP keeps whole after a forward. What turns `requires_grad` off and on again, as peft does
+    with adapters, must find the same tensors both times: the shards."""
+    for module in _shards(model):
+        module.reshard()
+
+
+def _shards(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _roots(module: nn.Module) -> Iterator[nn.Module]:
