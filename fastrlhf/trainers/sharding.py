@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fastrlhf.trainers.token_scorer import inside
 
@@ -18,9 +19,15 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
     A collective: every rank enters. In between, ranks may do different things, as forwards gather nothing: rollouts of
     different lengths, say. Costs the memory of the whole model. Nothing may be trained inside. A model that is not
-    sharded stays as it is.
+    sharded, or is whole already, stays as it is.
+
+    What turns `requires_grad` off for a while, as peft does with adapters, does so inside: FSDP has one tensor for a
+    shard and one for the whole, and might have changed the one for the other before it is turned on again.
     """
-    shards = _shards(model)
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        yield
+        return
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     with torch.no_grad():
         for root in _roots(model):
             inside(root, lambda: None)  # FSDP takes the first module that runs for the root of those below
@@ -36,18 +43,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for group, mesh in after_forward.items():
             group.post_forward_mesh_info = mesh
-        reshard(model)
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees weights that FSDP keeps whole after a forward. What turns `requires_grad` off and on again, as peft does
-    with adapters, must find the same tensors both times: the shards."""
-    for module in _shards(model):
-        module.reshard()
-
-
-def _shards(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.reshard()
 
 
 def _roots(module: nn.Module) -> Iterator[nn.Module]:

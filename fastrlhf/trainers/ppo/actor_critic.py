@@ -17,6 +17,10 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_FOLDER = "value_model"
 
 
+class ValueHead(nn.Linear):
+    """A class of its own, by which FSDP is told to shard it apart from the trunk."""
+
+
 class ActorCritic(TokenScorer):
     """A policy with a value head on its own trunk, with a separate value model, or without a value function.
 
@@ -41,7 +45,7 @@ class ActorCritic(TokenScorer):
         self.value_head = None
         if value_model is None and value_head:
             # fp32 whatever the trunk's dtype: its output is regressed on, not a softmax input.
-            self.value_head = nn.Linear(self.config.get_text_config().hidden_size, 1, device=self.device)
+            self.value_head = ValueHead(self.config.get_text_config().hidden_size, 1, device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         if value_model is not None:
@@ -49,6 +53,11 @@ class ActorCritic(TokenScorer):
             _score_head(value_model)
             if padding_free:
                 check_packing("value_model", value_model, self._value_states)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        # FSDP has one dtype for what it shards together.
+        return [*super()._no_split_modules, *([] if self.value_head is None else [ValueHead.__name__])]
 
     def activation_checkpointing_enable(self, **options) -> None:
         super().activation_checkpointing_enable(**options)
