@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from ppo_runs import PROMPTS, config, count_letters, first_log, trainer
 from recorder import Recorder
 from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,40 +26,7 @@ from transformers import (
 
 from fastrlhf.rewards import RewardError
 from fastrlhf.rollout import Rollout
-from fastrlhf.trainers import PPOConfig, PPOTrainer
 from fastrlhf.trainers.ppo.targets import ppo_targets
-
-PROMPTS = Dataset.from_dict({"prompt": ["the good", "a bad film", "so", "Human: hi"] * 4, "weight": [1.0, 2.0] * 8})
-
-
-def count_letters(prompts, completions, **columns):
-    return [float(sum(c.isalpha() for c in completion)) for completion in completions]
-
-
-def config(tmp_path, **options):
-    defaults = {
-        "max_steps": 1,
-        "rollout_batch_size": 8,
-        "per_device_train_batch_size": 2,
-        "num_ppo_epochs": 1,
-        "response_length": 6,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "reward_normalization": "batch",
-    }
-    return PPOConfig(str(tmp_path / "out"), report_to="none", disable_tqdm=True, **{**defaults, **options})
-
-
-def trainer(tmp_path, reward_funcs=count_letters, model=None, train_dataset=PROMPTS, **options):
-    names = ("ref_model", "value_model", "peft_config", "model_init_kwargs", "eval_dataset", "processing_class")
-    arguments = {name: options.pop(name) for name in names if name in options}
-    model = model or save_tiny_model(tmp_path / "model")
-    return PPOTrainer(model, config(tmp_path, **options), reward_funcs, train_dataset, **arguments)
-
-
-def first_log(ours):
-    ours.train()
-    return ours.state.log_history[0]
 
 
 class TestFirstStep:

@@ -227,8 +227,8 @@ def _tokenised_prompts(rows: Rows, indices: list[int], tokenizer: PreTrainedToke
         mask = rows["attention_mask"][place] if "attention_mask" in rows else [1] * len(tokens)
         if not all(isinstance(token, int) for token in tokens) or len(mask) != len(tokens):
             raise ValueError(
-                f"prompts: row {row} has input_ids={str(tokens)[:80]} and {len(mask)} numbers in attention_mask; a list "
-                "of tokens and as many numbers are wanted"
+                f"prompts: row {row} has input_ids={str(tokens)[:80]} and {len(mask)} numbers in attention_mask; a "
+                "list of tokens and as many numbers are wanted"
             )
         kept = [token for token, seen in zip(tokens, mask, strict=True) if seen]
         prompt_ids.append(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from fastrlhf import functional as F
 from fastrlhf.trainers.lm_heads import LMHead
+
+BySequence = Callable[[Tensor], Tensor] | None
 
 
 class ScoredTokens(ABC):
@@ -31,16 +34,15 @@ class ScoredTokens(ABC):
         return loss, F.CrossEntropyStats(mean_entropy, count.float())
 
     def ppo_loss(
-        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, places: Tensor | None = None, **options: Any
+        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, by_sequence: BySequence = None, **options: Any
     ) -> tuple[Tensor, F.PPOStats]:
         """`F.ppo_loss`, options included; everything [n].
 
-        places: [b, T], where in [n] each token of a sequence stands, for losses that go by sequence; everything else is
-            [b, T] then, and what stands under a 0 of the mask is anywhere.
+        by_sequence: makes [b, T] of [n], for losses that go by sequence; everything else is [b, T] then.
         """
         log_probs, entropy = self.log_probs_and_entropy()
-        if places is not None:
-            log_probs, entropy = log_probs[places], entropy[places]
+        if by_sequence is not None:
+            log_probs, entropy = by_sequence(log_probs), by_sequence(entropy)
         return F.ppo_loss(log_probs, old_log_probs, advantages, mask, entropy=entropy, **options)
 
 
@@ -61,10 +63,10 @@ class FromHidden(ScoredTokens):
         return F.linear_cross_entropy(*self.inputs, **self.options, denominator=denominator)
 
     def ppo_loss(
-        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, places: Tensor | None = None, **options: Any
+        self, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, by_sequence: BySequence = None, **options: Any
     ) -> tuple[Tensor, F.PPOStats]:
-        if self._in_fp16() or places is not None:
-            return super().ppo_loss(old_log_probs, advantages, mask, places=places, **options)
+        if self._in_fp16() or by_sequence is not None:
+            return super().ppo_loss(old_log_probs, advantages, mask, by_sequence=by_sequence, **options)
         return F.linear_ppo_loss(*self.inputs, old_log_probs, advantages, mask, **self.options, **options)
 
     def _in_fp16(self) -> bool:

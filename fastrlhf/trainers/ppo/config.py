@@ -313,6 +313,10 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 f"whiten_rewards=True: advantage_estimator={self.advantage_estimator!r} has no token rewards"
             )
+        if self.max_kl is not None and self.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit=1 must be at least 2 with max_kl: the last checkpoint may be of weights that diverged"
+            )
         if self.kl_controller == "adaptive" and self.kl_coef <= 0:
             raise ValueError(
                 f"kl_coef={self.kl_coef} must be greater than 0 for kl_controller='adaptive', a factor on it"

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastrlhf import functional as F
-from fastrlhf.rollout import Rollout
-from fastrlhf.trainers.ppo.targets import Targets
+from fastrlhf.rollout.diversity import distinct_n
+from fastrlhf.trainers.ppo.experience import Experience
 
 
-def rollout_metrics(
-    rollout: Rollout,
-    scores: Tensor,
-    each: dict[str, Tensor],
-    targets: Targets,
-    kl_coef: float,
-) -> dict[str, Tensor]:
-    """Means over the responses, of scores as the reward functions gave them; `each` is shown when there are several.
+class MicroBatchStats(NamedTuple):
+    """share: of its mini-batch's tokens. policy: PPOStats. value_loss and value are None without a value function."""
+
+    share: Tensor
+    policy: F.PPOStats
+    value_loss: Tensor | None
+    value: F.ValueStats | None
+
+
+def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
+    """Means over the responses, of scores as the reward functions gave them; each function's where there are several.
 
     objective/kl is the KL of a whole response to the reference, in nats; objective/rlhf_reward is score - kl_coef KL;
-    objective/entropy is the mean of -log p over the sampled tokens, whose expectation is the entropy.
+    objective/entropy is the mean of -log p over the sampled tokens, whose expectation is the entropy;
+    rollout/distinct_n is the number of different n-grams over that of all (Li et al. 2016): it falls when the policy
+    collapses.
     """
-    lengths = rollout.lengths.float()
-    parts = {f"rewards/{name}": values.mean() for name, values in each.items()} if len(each) > 1 else {}
+    rollout, scores, targets = experience.rollout, experience.scores, experience.targets
+    each = experience.each if len(experience.each) > 1 else {}
     return {
-        **parts,
+        **{f"rewards/{name}": values.mean() for name, values in each.items()},
         "objective/kl": targets.kl.mean(),
+        "objective/kl_coef": scores.new_tensor(kl_coef),
         "objective/entropy": F.masked_mean(-targets.log_probs, targets.mask),
         "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
         "objective/rlhf_reward": (scores - kl_coef * targets.kl).mean(),
-        "rollout/length": lengths.mean(),
+        "rollout/length": rollout.lengths.float().mean(),
+        "rollout/distinct_1": scores.new_tensor(distinct_n(rollout.responses, 1)),
+        "rollout/distinct_2": scores.new_tensor(distinct_n(rollout.responses, 2)),
         "val/num_eos_tokens": scores.new_tensor(float(rollout.finish_reasons.count("stop"))),
     }
 
 
-def gap_metrics(stats: list[tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]]) -> dict[str, Tensor]:
+def gap_metrics(stats: list[MicroBatchStats], with_mean: bool) -> dict[str, Tensor]:
     """|log-prob of the engine - log-prob of the trainer| over a mini-batch on which the policy is still the one that
-    sampled, from `update_metrics`' argument; `kl` there must be by the estimator "abs", to the old log-probs."""
-    ratios = torch.stack([ratio for _, policy, _, _ in stats for ratio in (policy.ratio_min, policy.ratio_max)])
-    return {
-        "rollout/logprob_gap": sum(share * policy.kl for share, policy, _, _ in stats),
-        "rollout/logprob_gap_max": ratios.log().abs().max(),
-    }
+    sampled. with_mean: whether `kl` of the statistics is by the estimator "abs" and to the old log-probs."""
+    ratios = torch.stack([ratio for part in stats for ratio in (part.policy.ratio_min, part.policy.ratio_max)])
+    mean = {"rollout/logprob_gap": _mean(stats, "policy", "kl")} if with_mean else {}
+    return {**mean, "rollout/logprob_gap_max": ratios.log().abs().max()}
 
 
 def gap_metrics_of(gap: Tensor) -> dict[str, Tensor]:
@@ -50,16 +59,25 @@ def gap_metrics_of(gap: Tensor) -> dict[str, Tensor]:
     return {"rollout/logprob_gap": gap.abs().mean(), "rollout/logprob_gap_max": gap.abs().max()}
 
 
-def update_metrics(stats: list[tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]]) -> dict[str, Tensor]:
-    """Of one mini-batch, from (share of its tokens, PPOStats, value loss, ValueStats) of its micro-batches.
-
-    The losses are parts of one sum already, normalised by the mini-batch; the statistics are means to be weighted.
-    """
-    return {
-        "loss/policy_avg": sum(policy.policy_loss for _, policy, _, _ in stats),
-        "loss/value_avg": sum(value_loss.detach() for _, _, value_loss, _ in stats),
-        "policy/approxkl_avg": sum(share * policy.approx_kl for share, policy, _, _ in stats),
-        "policy/clipfrac_avg": sum(share * policy.clip_fraction for share, policy, _, _ in stats),
-        "val/ratio": sum(share * policy.ratio_mean for share, policy, _, _ in stats),
-        "val/clipfrac_avg": sum(share * value.clip_fraction for share, _, _, value in stats),
+def update_metrics(stats: list[MicroBatchStats]) -> dict[str, Tensor]:
+    """Of one mini-batch. The losses are parts of one sum already, normalised by the mini-batch; the statistics are
+    means to be weighted."""
+    policy = {
+        "loss/policy_avg": sum(part.policy.policy_loss for part in stats),
+        "policy/approxkl_avg": _mean(stats, "policy", "approx_kl"),
+        "policy/clipfrac_avg": _mean(stats, "policy", "clip_fraction"),
+        "policy/dual_clipfrac_avg": _mean(stats, "policy", "dual_clip_fraction"),
+        "policy/entropy_avg": _mean(stats, "policy", "entropy"),
+        "val/ratio": _mean(stats, "policy", "ratio_mean"),
     }
+    if stats[0].value is None:
+        return policy
+    return policy | {
+        "loss/value_avg": sum(part.value_loss.detach() for part in stats),
+        "val/clipfrac_avg": _mean(stats, "value", "clip_fraction"),
+        "val/explained_variance": _mean(stats, "value", "explained_variance"),
+    }
+
+
+def _mean(stats: list[MicroBatchStats], of: str, name: str) -> Tensor:
+    return sum(part.share * getattr(getattr(part, of), name) for part in stats)

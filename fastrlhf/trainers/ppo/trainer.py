@@ -1,15 +1,13 @@
-"""Proximal policy optimisation of a language model against a reward."""
+"""Proximal policy optimisation of a language model against a reward, with or without a value function."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import logging
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastrlhf import functional as F
-from fastrlhf.batching import ScoredBatch, score_responses
+from fastrlhf.batching import ScoredBatch
 from fastrlhf.data import prepare_prompts
 from fastrlhf.loading import (
     disable_dropout,
@@ -30,33 +28,52 @@ from fastrlhf.loading import (
     tokenizer_with_pad,
     with_adapter,
 )
-from fastrlhf.rewards import RewardError, Rewards, RunningNormalizer, normalize
-from fastrlhf.rollout import NativeEngine, Rollout, SamplingParams, create_engine
-from fastrlhf.rollout.types import new_seed
+from fastrlhf.rewards import RewardError, Rewards, ScoreShaper
+from fastrlhf.rollout import NativeEngine, Rollout, RolloutEngine, SamplingParams, TransformersEngine, create_engine
 from fastrlhf.trainers.base import ScorerTrainer
-from fastrlhf.trainers.checkpoints import is_complete
+from fastrlhf.trainers.checkpoints import is_complete, last_checkpoint
+from fastrlhf.trainers.offload import on_device
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.ppo.config import PPOConfig
-from fastrlhf.trainers.ppo.metrics import gap_metrics, gap_metrics_of, rollout_metrics, update_metrics
+from fastrlhf.trainers.ppo.experience import Experience, micro_batches, mini_batches
+from fastrlhf.trainers.ppo.guards import (
+    SkippedSteps,
+    TrainingStopped,
+    dump_batch,
+    gradient_norm,
+    set_diverged_aside,
+)
+from fastrlhf.trainers.ppo.kl_controllers import create_kl_controller
+from fastrlhf.trainers.ppo.metrics import MicroBatchStats, gap_metrics, gap_metrics_of, rollout_metrics, update_metrics
+from fastrlhf.trainers.ppo.phases import Phases
+from fastrlhf.trainers.ppo.reference import Reference
+from fastrlhf.trainers.ppo.rollout_weights import rollout_weights
+from fastrlhf.trainers.ppo.samples import show_completions, write_completions
 from fastrlhf.trainers.ppo.targets import Targets, ppo_targets
-from fastrlhf.trainers.token_scorer import TokenScorer
+from fastrlhf.trainers.reductions import any_rank, gather_varying, global_advantage_stats, mean_over_ranks
+from fastrlhf.trainers.sharding import whole_weights
 
-REWARD_STATE_FILE = "reward_normalizer.json"
+STATE_FILE = "ppo_state.json"
+
+logger = logging.getLogger(__name__)
 
 
 class PPOTrainer(ScorerTrainer):
-    """PPO with a KL penalty to the start (Ziegler et al. 2019, Ouyang et al. 2022).
+    """PPO with a KL penalty to the start (Ziegler et al. 2019, Ouyang et al. 2022), or one of its critic-free kin.
 
     model: the policy to start from, a causal language model or its hub id or folder (loaded with `model_init_kwargs`).
     args: PPOConfig.
     reward_funcs: one or a list of reward models (object, hub id or folder) and callables
         `f(prompts, completions, **columns) -> list[float]`; summed with `args.reward_weights`.
-    train_dataset, eval_dataset: column `prompt` (a string or messages); other columns go to the reward functions.
+    train_dataset, eval_dataset: column `prompt` (a string or messages), or `input_ids` (tokens); other columns go to
+        the reward functions.
     processing_class: the tokenizer; the model's own when None.
     ref_model: what the KL is measured to; when None, a frozen copy of the start, or with `peft_config` the model with
         its adapters off.
     value_model: a sequence classification model with one label, or its hub id or folder; None puts a value head on
-        the policy's own trunk.
+        the policy's own trunk. The critic-free estimators have neither.
+    engine: what samples the responses, in place of the one that `args.rollout_engine` names: a RolloutEngine over the
+        policy, such as one whose responses hold tool output (`Rollout.sampled`).
     `trainer.scorer.model` is the policy in training; checkpoints and `save_model` hold it as transformers save it.
     """
 
@@ -73,10 +90,13 @@ class PPOTrainer(ScorerTrainer):
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
+        engine: RolloutEngine | None = None,
     ) -> None:
         set_seed(args.seed)  # adapters are drawn before the Trainer sets it
         options = model_init_kwargs or {}
         _refuse_shared(model, ref_model, value_model, reward_funcs)
+        if value_model is not None and not args.has_critic:
+            raise ValueError(f"value_model: advantage_estimator={args.advantage_estimator!r} has no value function")
         policy = load_causal_lm(model, **options)
         tokenizer = tokenizer_with_pad(
             processing_class, policy, trust_remote_code=options.get("trust_remote_code", False)
@@ -95,16 +115,14 @@ class PPOTrainer(ScorerTrainer):
             _check_context(prompts, policy, args)
             return prompts
 
-        prompts, wanted = prepared(train_dataset), args.rollout_batch_size * args.world_size
-        if len(prompts) < wanted:
-            raise ValueError(
-                f"train_dataset has {len(prompts)} prompts, fewer than rollout_batch_size={args.rollout_batch_size}"
-                + (f" on each of {args.world_size} devices" if args.world_size > 1 else "")
-            )
+        prompts = prepared(train_dataset)
+        _check_enough(prompts, args)
         policy = with_adapter(policy, peft_config)
         disable_dropout(policy)
         super().__init__(
-            model=ActorCritic(policy, value_model, args.lm_head),
+            model=ActorCritic(
+                policy, value_model, args.lm_head, value_head=args.has_critic, padding_free=args.padding_free
+            ),
             args=args,
             data_collator=list,
             train_dataset=prompts,
@@ -114,218 +132,363 @@ class PPOTrainer(ScorerTrainer):
         )
         # Autocast computes in its own dtype, and so does an engine that is to give the trainer's log-probs.
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.engine = create_engine(
+        self.engine = engine or create_engine(
             args.rollout_engine, self.scorer.model, tokenizer, dtype=dtype, server=args.rollout_server
         )
         self.sampling = SamplingParams(args.response_length, args.temperature, batch_size=args.rollout_batch_size)
-        self.rewards = Rewards(reward_funcs, args.reward_weights, tokenizer).to(args.device)
-        self.reward_normalizer = RunningNormalizer()
-        self.ref_scorer = None
-        if ref_model is not None:
-            self.ref_scorer = TokenScorer(ref_model.eval().requires_grad_(False), args.lm_head).to(args.device)
+        self.rewards = Rewards(
+            reward_funcs, args.reward_weights, tokenizer, timeout=args.reward_timeout, retries=args.reward_retries
+        )
+        if not args.offload_models:
+            self.rewards.to(args.device)
+        self.shape_scores = ScoreShaper(args, gather=self._gather)
+        self.kl_controller = create_kl_controller(args)
+        self.reference = Reference(self.scorer, ref_model, args)
+        self.skipped = SkippedSteps()
+        self.phases = Phases(bar=not args.disable_tqdm and self.is_world_process_zero())
+        logger.info("attention of the forward passes: %s", self.scorer.packed_attention)
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         """One PPO iteration on a batch of prompts. The Trainer makes the last optimiser step; returns the mean loss."""
         args = self.args
-        with self.timed("rollout"):
-            rollout = self.rollout([row["prompt_ids"] for row in inputs])
-        with self.timed("reward"):
-            scores, each = self.scores(inputs, rollout)
-        with self.timed("reference"):
-            batches = self.micro_batches(rollout)
-            log_probs, values, weights = self.score_rollout(model, rollout, batches)
-            ref_log_probs = self.reference_log_probs(rollout, batches)
-        targets = ppo_targets(
-            self.normalized(scores), log_probs, ref_log_probs, values, rollout.mask.to(args.device), args, weights
-        )
-        self.record(**rollout_metrics(rollout, scores, each, targets, args.kl_coef))
+        rows = [row for row in inputs for _ in range(args.num_generations)]
+        with self.phases("rollout"):
+            rollout = self.rollout(inputs, args.num_generations)
+        with self.phases("reward"):
+            scores, each, error = self.scores(rows, rollout)
+        if any_rank(error is not None, self.accelerator):
+            return self.skip("a reward function failed", rows, rollout, error=error)
+        with self.phases("reference"):
+            experience = self.experience(model, rollout, scores, each)
+        self.check_kl(experience.targets)
+        self.report(rows, experience)
 
-        with self.timed("update"):
-            losses = []
-            for mini_batch in self.mini_batches(batches):
-                if losses:
-                    self.optimizer_step(model)
-                loss, stats = self.update(model, mini_batch, targets)
-                if not losses and weights is None:  # the policy is still the one that sampled
-                    self.record(**gap_metrics(stats))
+        losses: list[Tensor] = []
+        norm = None
+        steps = args.num_ppo_epochs * args.num_mini_batches
+        with self.phases("update", total=steps) as bar:
+            for mini_batch in mini_batches(rollout, args, self.accelerator):
+                if norm is not None:
+                    self.optimizer_step(model, norm)
+                loss, stats = self.update(model, mini_batch, experience.targets)
+                norm = gradient_norm(model)
+                if not args.fp16 and any_rank(not torch.stack([loss, norm]).isfinite().all(), self.accelerator):
+                    return self.skip(
+                        f"the loss is {loss.item()}, the norm of the gradient {norm.item()}", rows, rollout, each
+                    )
+                if not losses and experience.targets.weights is None:  # the policy is still the one that sampled
+                    self.record(**gap_metrics(stats, with_mean=not args.kl_loss_coef))
                 losses.append(loss)
+                bar.update()
+                if args.target_kl is not None and self.approx_kl(stats) > args.target_kl:
+                    model.zero_grad()  # the step that the Trainer makes is then none
+                    break
+        self.record(**{"policy/optimizer_steps": torch.tensor(float(len(losses)))})
+        self.record_times(rollout, len(losses))
+        self.skipped.in_a_row = 0
         return torch.stack(losses).mean()
 
-    def rollout(self, prompts: list[list[int]]) -> Rollout:
-        """Responses of the policy as it is, other ones on each device."""
-        self.engine.update_weights()
-        sampling = replace(self.sampling, seed=(new_seed() + self.args.process_index) % 2**63)
-        if isinstance(self.engine, NativeEngine):
-            return self.engine.generate(prompts, sampling, hidden=self.scorer.value_model is None)
-        return self.engine.generate(prompts, sampling)
+    def rollout(self, inputs: list[dict[str, Any]], generations: int = 1, purpose: str = "train") -> Rollout:
+        """Responses of the policy as it is, `generations` to each prompt of this rank.
+
+        Each prompt has a seed of its own, which hangs on args.seed, the step, and its place among the prompts of all
+        ranks: what is sampled is the same for any number of ranks, and after a resume.
+        """
+        prompts = [row["prompt_ids"] for row in inputs]
+        sampling = replace(self.sampling, n=generations)
+        _, own = gather_varying(torch.arange(len(prompts), device=self.args.device), self.accelerator)
+        seeds = [self._seed(purpose, place) for place in range(own.start, own.stop)]
+        with whole_weights(self.scorer):
+            self.engine.update_weights()
+            if isinstance(self.engine, TransformersEngine):  # it has one generator for a batch
+                return self.engine.generate(prompts, replace(sampling, seed=seeds[0]))
+            if isinstance(self.engine, NativeEngine):
+                hidden = self.args.has_critic and self.scorer.value_model is None
+                return self.engine.generate(prompts, sampling, seeds=seeds, hidden=hidden)
+            return self.engine.generate(prompts, sampling, seeds=seeds)
+
+    def _seed(self, purpose: str, place: int) -> int:
+        name = f"{self.args.seed}/{purpose}/{self.state.global_step}/{place}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+    def scores(
+        self, rows: list[dict[str, Any]], rollout: Rollout
+    ) -> tuple[Tensor | None, dict[str, Tensor], RewardError | None]:
+        """Scores [B] and those of each reward function, or the error of one that failed."""
+        prompts = [row["prompt"] for row in rows]
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, rollout.texts(self.processing_class), strict=True)
+        ]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
+        try:
+            with on_device(self.rewards, self.args.device, self.args.offload_models):
+                scores, each = self.rewards(prompts, completions, columns)
+        except RewardError as error:
+            return None, {}, error
+        return scores.to(self.args.device), each, None
+
+    def experience(
+        self, model: nn.Module, rollout: Rollout, scores: Tensor, each: dict[str, Tensor], *, shape: bool = True
+    ) -> Experience:
+        """What the updates of an iteration are made of: log-probs, values, advantages. shape: scores as args say."""
+        args = self.args
+        batches = micro_batches(rollout, range(len(rollout)), args, self.accelerator)
+        log_probs, values, weights = self.score_rollout(model, rollout, batches)
+        ref_log_probs = self.reference.log_probs(rollout, batches, self.accelerator)
+        shaped = scores
+        if shape:
+            finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], device=args.device)
+            shaped = self.shape_scores(scores, finished, rollout.lengths.to(args.device))
+        targets = ppo_targets(
+            shaped,
+            log_probs,
+            ref_log_probs,
+            values,
+            rollout.trained.to(args.device),
+            args,
+            kl_coef=self.kl_controller.coef,
+            weights=weights,
+            whitening=self._global_stats,
+        )
+        return Experience(rollout, scores, each, targets)
+
+    @torch.no_grad()
+    def score_rollout(
+        self, model: nn.Module, rollout: Rollout, batches: list[ScoredBatch]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Old log-probs and values [B, T] of every response token, and the importance weights [B, T] of its loss.
+
+        From the engine, as far as it gives them; what is left takes a forward, of the policy or of the value model.
+        """
+        args, scorer = self.args, self.scorer
+        sampled = None if rollout.log_probs is None else rollout.padded(rollout.log_probs.to(args.device))
+        policy_forward = sampled is None or args.rollout_weight_clip is not None
+        if not policy_forward and not args.has_critic:
+            return sampled, None, None
+        if not policy_forward and rollout.hidden is not None:
+            return sampled, rollout.padded(scorer.values_of(rollout.hidden)), None
+        model.train()  # as in the update, so that both run the same code
+        shape = rollout.mask.shape
+        log_probs, values = torch.zeros(shape, device=args.device), torch.zeros(shape, device=args.device)
+        for batch in batches:
+            with self.accelerator.autocast():
+                if not policy_forward and scorer.value_model is not None:
+                    batch.put(values, scorer.values(batch.input_ids, batch.positions, batch.packing))
+                    continue
+                new_log_probs, _, new_values = model(
+                    batch.input_ids, batch.positions, batch.tokens, args.temperature, packing=batch.packing
+                )
+            batch.put(log_probs, new_log_probs)
+            if new_values is not None:
+                batch.put(values, new_values)
+        values = values if args.has_critic else None
+        if not policy_forward:
+            return sampled, values, None
+        if args.rollout_weight_clip is None or sampled is None:
+            return log_probs, values, None
+        mask = rollout.trained.bool().to(args.device)
+        self.record(**gap_metrics_of((log_probs - sampled)[mask]))
+        weights = rollout_weights(log_probs, sampled, mask, args.rollout_weight_clip, args.rollout_weight_mode)
+        return log_probs, values, weights
 
     def update(
         self, model: nn.Module, mini_batch: list[ScoredBatch], targets: Targets
-    ) -> tuple[Tensor, list[tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]]]:
+    ) -> tuple[Tensor, list[MicroBatchStats]]:
         """Gradients of policy and value loss over a mini-batch, one micro-batch at a time.
 
-        Returns the loss, and what `update_metrics` takes.
+        Returns the loss, and the statistics of each micro-batch.
         """
         args = self.args
         model.train()
-        tokens = torch.tensor(float(sum(batch.tokens.numel() for batch in mini_batch)), device=args.device)
+        warming_up = self.state.global_step < args.critic_warmup_steps
+        counts = [_counts(batch, targets.mask) for batch in mini_batch]
         # Mean over the ranks: data parallelism averages the gradients again, which leaves the mean over all tokens.
-        denominator = self.accelerator.reduce(tokens, "mean")
+        tokens, sequences = mean_over_ranks(torch.stack(counts).sum(0), self.accelerator)
         losses, stats = [], []
-        for batch in mini_batch:
+        for batch, (own_tokens, _) in zip(mini_batch, counts, strict=True):
             with self.accelerator.autocast():
-                policy_loss, policy_stats, value_loss, value_stats = self.losses(model, batch, targets, denominator)
-                loss = policy_loss + args.vf_coef * value_loss
+                policy_loss, policy_stats, value_loss, value_stats = self.losses(
+                    model, batch, targets, tokens, sequences, train_policy=not warming_up
+                )
+                loss = policy_loss * 0.0 if warming_up else policy_loss
+                if value_loss is not None:
+                    loss = loss + args.vf_coef * value_loss
             self.accelerator.backward(loss)
             losses.append(loss.detach())
-            stats.append((batch.tokens.numel() / tokens, policy_stats, value_loss, value_stats))
+            stats.append(MicroBatchStats(own_tokens / tokens, policy_stats, value_loss, value_stats))
+        if warming_up:
+            self.scorer.drop_policy_gradients()
         self.record(**update_metrics(stats))
         return torch.stack(losses).sum(), stats
 
     def losses(
-        self, model: nn.Module, batch: ScoredBatch, targets: Targets, denominator: Tensor
-    ) -> tuple[Tensor, F.PPOStats, Tensor, F.ValueStats]:
-        """Policy loss and value loss of a micro-batch, as parts of sums over `denominator` tokens, with statistics."""
-        args, mask = self.args, torch.ones_like(batch.tokens)
-        old_log_probs = batch.take(targets.log_probs)
+        self,
+        model: nn.Module,
+        batch: ScoredBatch,
+        targets: Targets,
+        tokens: Tensor,
+        sequences: Tensor,
+        *,
+        train_policy: bool = True,
+    ) -> tuple[Tensor, F.PPOStats, Tensor | None, F.ValueStats | None]:
+        """Policy loss and value loss of a micro-batch, as parts of sums over a mini-batch, with statistics.
+
+        tokens, sequences: how many the mini-batch has.
+        """
+        args = self.args
+        # Only these need to know which tokens are of one sequence; other sums are of tokens, over some denominator.
+        by_sequence = args.ratio_level == "sequence" or args.loss_aggregation == "seq-mean-token-mean"
+        common = {
+            "aggregation": "seq-mean-token-mean" if args.loss_aggregation == "seq-mean-token-mean" else "token-mean",
+            "denominator": {
+                "token-mean": tokens,
+                "seq-mean-token-sum": sequences,
+                "seq-mean-token-mean": sequences,
+                "seq-mean-token-sum-norm": sequences * args.response_length,
+            }[args.loss_aggregation],
+        }
+
+        def take(x: Tensor) -> Tensor:
+            return batch.by_sequence(batch.take(x)) if by_sequence else batch.take(x)
+
+        old_log_probs, mask = take(targets.log_probs), take(targets.mask)
+        ref = {
+            "ref_log_probs": take(targets.ref_log_probs),
+            "kl_coef": args.kl_loss_coef,
+            "kl_estimator": args.kl_loss_estimator,
+        }
+        if not args.kl_loss_coef:
+            # For the statistics: how far the policy is from the old one, |log ratio| on average.
+            ref = {"ref_log_probs": old_log_probs, "kl_estimator": "abs"}
         policy_loss, policy_stats, values = model(
             batch.input_ids,
             batch.positions,
             batch.tokens,
             args.temperature,
-            loss=lambda tokens: tokens.ppo_loss(
+            packing=batch.packing,
+            loss=lambda scored: scored.ppo_loss(
                 old_log_probs,
-                batch.take(targets.advantages),
+                take(targets.advantages),
                 mask,
+                by_sequence=batch.by_sequence if by_sequence else None,
                 clip_low=args.cliprange,
-                clip_high=args.cliprange,
-                weights=None if targets.weights is None else batch.take(targets.weights),
+                clip_high=args.cliprange if args.cliprange_high is None else args.cliprange_high,
+                dual_clip=args.dual_clip,
+                ratio_level=args.ratio_level,
+                weights=None if targets.weights is None else take(targets.weights),
                 advantage_stats=targets.advantage_stats,
                 entropy_coef=args.entropy_coef,
-                denominator=denominator,
-                # For the statistics: how far the policy is from the old one, |log ratio| on average.
-                ref_log_probs=old_log_probs,
-                kl_estimator="abs",
+                **ref,
+                **common,
             ),
+            train_policy=train_policy,
         )
+        if values is None:
+            return policy_loss, policy_stats, None, None
         value_loss, value_stats = F.value_loss(
-            values,
-            batch.take(targets.values),
-            batch.take(targets.returns),
+            batch.by_sequence(values) if by_sequence else values,
+            take(targets.values),
+            take(targets.returns),
             mask,
             clip=args.cliprange_value,
-            denominator=denominator,
+            **common,
         )
         return policy_loss, policy_stats, value_loss, value_stats
 
-    def optimizer_step(self, model: nn.Module) -> None:
-        """An optimiser step between mini-batches, clipped like the Trainer's own."""
+    def optimizer_step(self, model: nn.Module, norm: Tensor) -> None:
+        """An optimiser step between mini-batches, clipped like the Trainer's own. norm: of the gradients."""
         if self.args.max_grad_norm > 0:
-            self._clip_grad_norm(model)
+            if self.args.fp16:
+                self._clip_grad_norm(model)  # which takes the scale off first
+            else:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         self.optimizer.step()
         model.zero_grad()
 
-    def scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores [B], and those of each reward function. An error there first saves a checkpoint: what was trained so
-        far is whole."""
-        prompts = [row["prompt"] for row in inputs]
-        texts = rollout.texts(self.processing_class)
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "prompt_ids")}
-        try:
-            scores, each = self.rewards(prompts, completions, columns)
-        except RewardError:
-            folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            wanted = self.is_in_train and self.state.global_step and self.args.save_strategy != "no"
-            if wanted and not is_complete(folder):
-                self._save_checkpoint(self.model, trial=None)
-            raise
-        return scores.to(self.args.device), each
+    def approx_kl(self, stats: list[MicroBatchStats]) -> float:
+        """KL of the policy that sampled to the present one over a mini-batch, in nats a token, on all ranks."""
+        return mean_over_ranks(sum(part.share * part.policy.approx_kl for part in stats), self.accelerator).item()
 
-    def normalized(self, scores: Tensor) -> Tensor:
-        """Scores as `args.reward_normalization` wants them."""
-        if self.args.reward_normalization == "batch":
-            return normalize(scores)
-        return self.reward_normalizer(scores) if self.args.reward_normalization == "running" else scores
-
-    def micro_batches(self, rollout: Rollout) -> list[ScoredBatch]:
-        """The rollout in batches of similar length, one forward each.
-
-        They are cut once, so that every forward over a response runs on the same shapes. A mini-batch is a random
-        choice of micro-batches; where the two are of one size, it holds one class of length.
-        """
-        size = self.args.micro_batch_size
-        order = sorted(range(len(rollout)), key=lambda i: len(rollout.prompts[i]) + len(rollout.responses[i]))
-        pad = self.processing_class.pad_token_id
-        return [
-            score_responses(rollout.prompts, rollout.responses, order[start : start + size], pad).to(self.args.device)
-            for start in range(0, len(order), size)
-        ]
-
-    def mini_batches(self, batches: list[ScoredBatch]) -> Iterator[list[ScoredBatch]]:
-        """`num_ppo_epochs` passes over the micro-batches, shuffled, in `num_mini_batches` lists each."""
-        size = len(batches) // self.args.num_mini_batches
-        for _ in range(self.args.num_ppo_epochs):
-            order = torch.randperm(len(batches)).tolist()
-            for start in range(0, len(order), size):
-                yield [batches[i] for i in order[start : start + size]]
-
-    @torch.no_grad()
-    def score_rollout(
-        self, model: nn.Module, rollout: Rollout, batches: list[ScoredBatch]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Old log-probs and values [B, T] of every response token, and the importance weights [B, T] of its loss.
-
-        From the engine, as far as it gives them; what is left takes a forward, of the policy or of the value model.
-        """
-        clip = self.args.rollout_weight_clip
-        sampled = rollout.padded(rollout.log_probs.to(self.args.device))
-        if clip is None and rollout.hidden is not None:
-            return sampled, rollout.padded(self.scorer.values_of(rollout.hidden)), None
-        model.train()  # as in the update, so that both run the same code
-        log_probs, values = torch.zeros_like(sampled), torch.zeros_like(sampled)
-        for batch in batches:
-            with self.accelerator.autocast():
-                if clip is None and self.scorer.value_model is not None:
-                    batch.put(values, self.scorer.values(batch.input_ids, batch.positions))
-                    continue
-                scored = model(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
-            batch.put(log_probs, scored[0])
-            batch.put(values, scored[2])
-        if clip is None:
-            return sampled, values, None
-        mask = rollout.mask.bool().to(self.args.device)
-        gap = log_probs - sampled
-        self.record(**gap_metrics_of(gap[mask]))
-        return log_probs, values, gap.exp().clamp(max=clip)
-
-    @torch.no_grad()
-    def reference_log_probs(self, rollout: Rollout, batches: list[ScoredBatch]) -> Tensor:
-        """Log-probs [B, T] of every response token under the reference."""
-        results = torch.zeros(len(rollout), int(rollout.lengths.max()), device=self.args.device)
-        with self.reference() as score, self.accelerator.autocast():
-            for batch in batches:
-                log_probs, _ = score(batch.input_ids, batch.positions, batch.tokens, self.args.temperature)
-                batch.put(results, log_probs)
-        return results
-
-    @contextmanager
-    def reference(self) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
-        """TokenScorer's forward under the reference: the frozen copy, or the policy with its adapters off."""
-        if self.ref_scorer is not None:
-            yield self.ref_scorer
+    def check_kl(self, targets: Targets) -> None:
+        """Tell the KL controller how far the policy is from the reference; end the training beyond `args.max_kl`."""
+        args = self.args
+        if args.max_kl is None and args.kl_controller == "fixed":
             return
-        with self.scorer.model.disable_adapter():
-            yield partial(TokenScorer.forward, self.scorer)
+        kl = mean_over_ranks(targets.kl.mean(), self.accelerator).item()
+        self.kl_controller.update(kl, args.rollout_batch_size * args.world_size)
+        if args.max_kl is None or kl <= args.max_kl:
+            return
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        aside = set_diverged_aside(folder) if args.should_save else None
+        self.accelerator.wait_for_everyone()
+        kept = last_checkpoint(args.output_dir)
+        left = f"The last good checkpoint is {kept}; training continues from it." if kept else "There is no checkpoint."
+        raise TrainingStopped(
+            f"max_kl={args.max_kl}: at step {self.state.global_step} the KL to the reference is {kl:.3g} nats a "
+            "response. Raise kl_coef, lower learning_rate, or set target_kl. "
+            + (f"The checkpoint of these weights was renamed {aside}. " if aside else "")
+            + left
+        )
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.record(**{f"time/{phase}": torch.tensor(time.perf_counter() - start)})
+    def skip(
+        self,
+        reason: str,
+        rows: list[dict[str, Any]],
+        rollout: Rollout,
+        each: dict[str, Tensor] | None = None,
+        error: RewardError | None = None,
+    ) -> Tensor:
+        """Leave the batch, or what is left of it, untrained; end the training if that happens too often."""
+        args, step = self.args, self.state.global_step + 1
+        for parameter in self.model.parameters():
+            parameter.grad = None  # so that the Trainer's optimiser step changes nothing
+        if args.fp16:  # where the scaler wants to see a gradient, and skips the step for this one
+            parameter = next(p for p in self.model.parameters() if p.requires_grad)
+            parameter.grad = torch.full_like(parameter, torch.inf)
+        self.skipped.add()
+        self.phases.take()
+        self.record(**{"guard/skipped_steps": torch.tensor(float(self.skipped.total))})
+        logger.warning("step %d is skipped: %s", step, error or reason, exc_info=error)
+        if self.skipped.in_a_row <= args.max_skipped_steps:
+            return torch.zeros((), device=args.device)
+        texts = rollout.texts(self.processing_class)
+        given = {name: values.tolist() for name, values in (each or {}).items()}
+        path = dump_batch(args.output_dir, step, reason, [row["prompt"] for row in rows], texts, given)
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.state.global_step and args.save_strategy != "no" and not is_complete(folder):
+            self._save_checkpoint(self.model, trial=None)
+        raise TrainingStopped(
+            f"max_skipped_steps={args.max_skipped_steps}: {self.skipped.in_a_row} iterations in a row could not be "
+            f"trained on; at step {step} {error or reason}. The batch is in {path}"
+        ) from error
+
+    def report(self, rows: list[dict[str, Any]], experience: Experience) -> None:
+        """An iteration's metrics before its updates, and now and then its responses."""
+        args, step = self.args, self.state.global_step + 1
+        self.record(**rollout_metrics(experience, self.kl_controller.coef))
+        if not args.log_completions_steps or step % args.log_completions_steps or not self.is_world_process_zero():
+            return
+        self.show_completions([row["prompt"] for row in rows], experience, step)
+
+    def show_completions(self, prompts: list[Any], experience: Experience, step: int) -> None:
+        texts = experience.rollout.texts(self.processing_class)
+        scores = {name: values.tolist() for name, values in experience.each.items()}
+        show_completions(step, prompts, texts, scores)
+        write_completions(self.args.output_dir, step, prompts, texts, scores)
+
+    def record_times(self, rollout: Rollout, updates: int) -> None:
+        """Seconds of each phase; tokens a second of this rank."""
+        seconds = self.phases.take()
+        self.record(**{f"time/{name}": torch.tensor(value) for name, value in seconds.items()})
+        sampled = float(rollout.lengths.sum())
+        read = sampled + sum(map(len, rollout.prompts))
+        rates = {
+            "rollout/tokens_per_second": sampled / seconds["rollout"],
+            "policy/tokens_per_second": read * updates / self.args.num_mini_batches / seconds["update"],
+        }
+        self.record(**{name: torch.tensor(rate) for name, rate in rates.items()})
 
     @torch.no_grad()
     def evaluate(
@@ -341,42 +504,68 @@ class PPOTrainer(ScorerTrainer):
         if "prompt_ids" not in dataset.column_names:
             dataset = prepare_prompts(dataset, self.processing_class, self.args.max_prompt_length)
         rows = list(dataset)
-        rollout = self.rollout([row["prompt_ids"] for row in rows])
-        batches = self.micro_batches(rollout)
-        log_probs, values, _ = self.score_rollout(self.model, rollout, batches)
-        ref_log_probs = self.reference_log_probs(rollout, batches)
-        scores, each = self.scores(rows, rollout)
-        mask = rollout.mask.to(self.args.device)
-        targets = ppo_targets(scores, log_probs, ref_log_probs, values, mask, self.args)
-        measured = rollout_metrics(rollout, scores, each, targets, self.args.kl_coef)
-        metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in measured.items()}
+        ranks = self.args.world_size
+        if len(rows) >= ranks:  # else each takes all of them: a rank without rows would keep the others waiting
+            rows = rows[self.args.process_index :: ranks]
+        rollout = self.rollout(rows, purpose="eval")
+        scores, each, error = self.scores(rows, rollout)
+        if any_rank(error is not None, self.accelerator):
+            raise error or RewardError("reward_funcs: one failed on another rank")
+        measured = rollout_metrics(
+            self.experience(self.model, rollout, scores, each, shape=False), self.kl_controller.coef
+        )
+        count = torch.tensor(float(len(rows)), device=self.args.device)
+        share = count / mean_over_ranks(count, self.accelerator)
+        values = torch.stack([x.to(self.args.device) for x in measured.values()])
+        means = mean_over_ranks(share * values, self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": x for name, x in zip(measured, means.tolist(), strict=True)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def get_train_dataloader(self) -> DataLoader:
-        """One batch a PPO iteration: `rollout_batch_size` prompts on each device."""
-        return self._get_dataloader(
-            self.train_dataset, "Training", self.args.rollout_batch_size, self._get_train_sampler, is_training=True
-        )
+        """One batch a PPO iteration: the prompts of `rollout_batch_size` responses on each device."""
+        prompts = self.args.rollout_batch_size // self.args.num_generations
+        return self._get_dataloader(self.train_dataset, "Training", prompts, self._get_train_sampler, is_training=True)
 
     def get_total_train_batch_size(self, args: PPOConfig) -> int:
-        return args.rollout_batch_size * args.world_size
+        return args.rollout_batch_size // args.num_generations * args.world_size
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return gather_varying(x, self.accelerator)[0]
+
+    def _global_stats(self, stats: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return global_advantage_stats(stats, advantages, mask, self.accelerator)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.args.reward_normalization == "running":
-            path = os.path.join(output_dir or self.args.output_dir, REWARD_STATE_FILE)
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(self.reward_normalizer.state_dict(), file)
+        if not self.args.should_save:
+            return
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        with open(os.path.join(output_dir or self.args.output_dir, STATE_FILE), "w", encoding="utf-8") as file:
+            json.dump(state, file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.scorer.load_value_function(resume_from_checkpoint)
-        path = os.path.join(resume_from_checkpoint, REWARD_STATE_FILE)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                self.reward_normalizer = RunningNormalizer(**json.load(file))
+        with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
+            state = json.load(file)
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside model, optimiser, scheduler and random numbers."""
+        return {
+            "kl_controller": self.kl_controller,
+            "reward_shaping": self.shape_scores,
+            "skipped_steps": self.skipped,
+        }
+
+
+def _counts(batch: ScoredBatch, mask: Tensor) -> Tensor:
+    """[2], fp32: the tokens of a batch that count in mask [B, T], and the sequences that have any."""
+    counted = batch.take(mask)
+    return torch.stack([counted.sum(), (batch.by_sequence(counted).sum(1) > 0).sum()]).float()
 
 
 def _refuse_shared(policy: Any, ref_model: Any, value_model: Any, reward_funcs: Any) -> None:
@@ -398,4 +587,14 @@ def _check_context(prompts: Dataset, policy: nn.Module, args: PPOConfig) -> None
         raise ValueError(
             f"the longest prompt ({longest} tokens) and response_length={args.response_length} exceed the model's "
             f"max_position_embeddings={limit}; lower response_length or leave long prompts out"
+        )
+
+
+def _check_enough(prompts: Dataset, args: PPOConfig) -> None:
+    wanted = args.rollout_batch_size // args.num_generations * args.world_size
+    if len(prompts) < wanted:
+        raise ValueError(
+            f"train_dataset has {len(prompts)} prompts, fewer than rollout_batch_size={args.rollout_batch_size}"
+            + (f" / num_generations={args.num_generations}" if args.num_generations > 1 else "")
+            + (f" on each of {args.world_size} devices" if args.world_size > 1 else "")
         )
