@@ -26,6 +26,8 @@ from transformers import (
 
 from fastrlhf.rewards import RewardError
 from fastrlhf.rollout import Rollout
+from fastrlhf.trainers.ppo.experience import micro_batches
+from fastrlhf.trainers.ppo.guards import TrainingStopped
 from fastrlhf.trainers.ppo.targets import ppo_targets
 
 
@@ -152,6 +154,10 @@ def test_text_keeps_the_space_between_prompt_and_response():
     assert Rollout([[0, 1]], [[2, 3]], ["length"]).texts(tokenizer) == [" was good"]
 
 
+def batches_of(ours, rollout):
+    return micro_batches(rollout, range(len(rollout)), ours.args, ours.accelerator)
+
+
 @pytest.mark.parametrize("lm_head", ["fused", "logits"])
 def test_an_iteration_never_holds_logits(tmp_path, lm_head):
     """Nor prompts in any op over the vocabulary; `logits` shows that the measurement would see them."""
@@ -170,11 +176,11 @@ def test_an_iteration_never_holds_logits(tmp_path, lm_head):
     prompts = [torch.randint(3, vocab_size, (3 + i,), generator=generator).tolist() for i in range(8)]
     responses = torch.randint(3, vocab_size, (8, 6), generator=generator).tolist()
     rollout = Rollout(prompts, responses, ["length"] * 8, torch.zeros(48))
-    batches = ours.micro_batches(rollout)
+    batches = batches_of(ours, rollout)
     with Recorder() as recorder:
         log_probs, values, _ = ours.score_rollout(ours.model, rollout, batches)
-        ref_log_probs = ours.reference_log_probs(rollout, batches)
-        targets = ppo_targets(torch.randn(8), log_probs, ref_log_probs, values, rollout.mask, ours.args)
+        ref_log_probs = ours.reference.log_probs(rollout, batches, ours.accelerator)
+        targets = ppo_targets(torch.randn(8), log_probs, ref_log_probs, values, rollout.mask, ours.args, kl_coef=0.1)
         ours.update(ours.model, batches, targets)
     if lm_head == "logits":
         assert called
@@ -194,8 +200,8 @@ def test_log_probs_and_values_are_the_models_own(tmp_path, engine, weight_clip, 
     ours = trainer(tmp_path, temperature=0.5, **options)
     if not separate:
         torch.nn.init.normal_(ours.scorer.value_head.weight)
-    rollout = ours.rollout([row["prompt_ids"] for row in list(ours.train_dataset)[:8]])
-    log_probs, values, weights = ours.score_rollout(ours.model, rollout, ours.micro_batches(rollout))
+    rollout = ours.rollout(list(ours.train_dataset)[:8])
+    log_probs, values, weights = ours.score_rollout(ours.model, rollout, batches_of(ours, rollout))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         input_ids = torch.tensor([[*prompt, *response]])
@@ -222,8 +228,8 @@ def test_log_probs_and_values_are_the_models_own(tmp_path, engine, weight_clip, 
 
 def test_importance_weights_are_truncated_ratios(tmp_path):
     ours = trainer(tmp_path, rollout_weight_clip=1.5)
-    rollout = ours.rollout([row["prompt_ids"] for row in list(ours.train_dataset)[:8]])
-    batches = ours.micro_batches(rollout)
+    rollout = ours.rollout(list(ours.train_dataset)[:8])
+    batches = batches_of(ours, rollout)
     exact = rollout.log_probs.clone()
     rollout.log_probs = exact + torch.linspace(-1, 1, len(exact))  # an engine of other numerics
     log_probs, values, weights = ours.score_rollout(ours.model, rollout, batches)
@@ -232,8 +238,9 @@ def test_importance_weights_are_truncated_ratios(tmp_path):
     torch.testing.assert_close(weights[mask], wanted, rtol=1e-4, atol=1e-4)
     gradients = []
     for scale in (weights, None):
+        scores = torch.arange(8.0)
         targets = ppo_targets(
-            torch.randn(8).sort().values, log_probs, log_probs, values, rollout.mask, ours.args, scale
+            scores, log_probs, log_probs, values, rollout.mask, ours.args, kl_coef=0.1, weights=scale
         )
         ours.model.zero_grad()
         ours.update(ours.model, batches, targets)
@@ -319,7 +326,7 @@ def test_resumes_bit_for_bit(tmp_path, value):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     for (name, mine), theirs in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
-    assert straight.reward_normalizer == resumed.reward_normalizer
+    assert straight.shape_scores.state_dict() == resumed.shape_scores.state_dict() != {}
     again = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in again[:4]] == [1, 2, 3, 4]
     assert len(again) == len(records)
@@ -338,7 +345,7 @@ def test_saved_models_load_with_transformers(tmp_path):
 def test_lora_trains_the_adapters_only(tmp_path):
     ours = trainer(tmp_path, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"), max_steps=3, learning_rate=1e-2)
     ours.train()
-    assert ours.ref_scorer is None
+    assert ours.reference.scorer is None
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     trained = dict(ours.scorer.model.named_parameters())
     moved = [name for name, p in trained.items() if p.requires_grad]
@@ -423,8 +430,9 @@ class TestWhenThingsGoWrong:
             calls.append(1)
             return [math.nan if len(calls) == 3 else 1.0] * len(prompts)
 
-        ours = trainer(tmp_path, judge, max_steps=5, save_strategy="steps", save_steps=100)
-        with pytest.raises(RewardError, match="judge returned nan for completion 0"):
+        options = {"max_skipped_steps": 0, "save_strategy": "steps", "save_steps": 100}
+        ours = trainer(tmp_path, judge, max_steps=5, **options)
+        with pytest.raises(TrainingStopped, match="judge returned nan for completion 0"):
             ours.train()
         assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
         resumed = trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=100)
@@ -525,7 +533,16 @@ class TestWhenThingsGoWrong:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 must be 1"),
+            ({"gradient_accumulation_steps": 2}, "rollout_batch_size=8 and gradient_accumulation_steps=2 contradict"),
+            ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch=0 must be greater than 0"),
+            ({"num_generations": 3}, "rollout_batch_size=8 must be a multiple of num_generations=3"),
+            ({"advantage_estimator": "grpo"}, "advantage_estimator='grpo' compares the responses to a prompt"),
+            ({"reward_normalization": "group"}, "reward_normalization='group' compares the responses to a prompt"),
+            ({"advantage_estimator": "ppo"}, "advantage_estimator='ppo' must be one of gae, rloo, grpo, "),
+            ({"rollout_weight_mode": "mask"}, "rollout_weight_mode='mask' needs rollout_weight_clip"),
+            ({"rollout_weight_mode": "mask", "rollout_weight_clip": 0.5}, "rollout_weight_clip=0.5 must be at least 1"),
+            ({"critic_warmup_steps": -1}, "critic_warmup_steps=-1 must be at least 0"),
+            ({"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_coef=0.0 must be greater than 0"),
             ({"num_mini_batches": 3}, "rollout_batch_size=8 must be a multiple of num_mini_batches=3"),
             ({"per_device_train_batch_size": 3}, "per_device_train_batch_size=3"),
             ({"kl_estimator": "k9"}, "kl_estimator='k9' must be one of k1, k2, k3, abs"),

@@ -58,7 +58,7 @@ class Server:
         assert self.run(name, **arguments) == 0, self.errors()
         result = torch.load(self.folder / name / "result.pt", weights_only=False)
         out = self.folder / name / "out"
-        left = sorted(path.name for path in (out / "checkpoint-6").iterdir())
+        left = sorted(path.name for path in Path(last_checkpoint(str(out))).iterdir())
         return result | {"metrics": metrics(out), "left": left}
 
     def uninterrupted(self, **options) -> dict:

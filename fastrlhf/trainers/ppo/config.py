@@ -129,7 +129,7 @@ class PPOConfig(TrainingArguments):
     )
     kl_target: float = field(default=6.0, metadata={"help": "KL of a response, in nats, that the controller aims at."})
     kl_horizon: int = field(
-        default=10_000, metadata={"help": "Responses after which the adaptive controller has reacted by a factor e."}
+        default=10_000, metadata={"help": "Responses within which the adaptive controller moves kl_coef by a fifth at most."}
     )
     kl_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference in the loss."})
     kl_loss_estimator: Literal["k1", "k2", "k3", "abs"] = field(
