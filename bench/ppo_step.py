@@ -1,9 +1,10 @@
 """A whole PPO iteration of our trainer beside TRL's last PPO trainer, on equal work.
 
-Equal work: the same models, prompts and hyper-parameters, responses of the full length (EOS ends none), a rollout in
-micro-batches of the same size, and as many optimiser steps. TRL's settings of "4 epochs x 4 mini-batches" make 4 steps
-an iteration, one an epoch (peers/trl_ppo.py says why; torch's hooks count them), so ours has one mini-batch an epoch.
-An iteration whose steps or tokens are others than planned is an error.
+Equal work: the same models, prompts and hyper-parameters, responses of the full length (EOS ends none), and as many
+optimiser steps. TRL's settings of "4 epochs x 4 mini-batches" make 4 steps an iteration, one an epoch (peers/trl_ppo.py
+says why; torch's hooks count them), so ours has one mini-batch an epoch. TRL takes it in micro-batches, as these settings
+make it; ours in one forward and backward, which reads and writes the weights' gradients less often. An iteration whose
+steps or tokens are others than planned is an error.
 
 Every contender runs in a process of its own, one at a time: an iteration that warms up, then one that counts. The
 processes come in turns, A B C, C B A, and so on: there is no room in memory for all of them at once.
@@ -161,7 +162,7 @@ def worker_plan(plan: PPO, found: Models, contender: Contender) -> Plan:
         "num_ppo_epochs": plan.epochs,
         "response_length": plan.response,
         "temperature": 1.0,
-        "per_device_train_batch_size": plan.micro_batch,
+        "per_device_train_batch_size": plan.micro_batch if contender.provider == TRL else plan.prompts,
         **QUIETLY,
     }
     if contender.provider == TRL:
@@ -269,7 +270,7 @@ class Product(NamedTuple):
 
 
 def matrix_products(plan: PPO, config: Any, ours: Contender) -> list[Product]:
-    """Of an iteration without its rollout, in micro-batches of `plan.micro_batch` sequences.
+    """Of an iteration without its rollout, all of its sequences at a time.
 
     Forward: reference, reward model and, if it is a model of its own, the value function; the values of a head on the
     trunk come with the rollout. Forward and backward: policy and value model, once an epoch. The LM head works on the
@@ -281,16 +282,15 @@ def matrix_products(plan: PPO, config: Any, ours: Contender) -> list[Product]:
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     layers = [x for x in model.modules() if isinstance(x, nn.Linear) and x is not head]
-    parts, trained = plan.prompts // plan.micro_batch, 1 if ours.value == SHARED else 2
-    updates = parts * plan.epochs
-    tokens, predicted = plan.micro_batch * (plan.prompt + plan.response), plan.micro_batch * plan.response
-    trunk_forward = parts * (1 + trained) + updates * trained
+    trained = 1 if ours.value == SHARED else 2
+    tokens, predicted = plan.prompts * (plan.prompt + plan.response), plan.prompts * plan.response
+    trunk_forward = 1 + trained + plan.epochs * trained
     counts: dict[tuple[int, int], int] = {}
     for x in layers:
         shape = (x.in_features, x.out_features)
         counts[shape] = counts.get(shape, 0) + 1
-    found = [Product(tokens, *shape, n * trunk_forward, n * updates * trained) for shape, n in counts.items()]
-    return [*found, Product(predicted, head.in_features, head.out_features, parts + updates, updates)]
+    found = [Product(tokens, *shape, n * trunk_forward, n * plan.epochs * trained) for shape, n in counts.items()]
+    return [*found, Product(predicted, head.in_features, head.out_features, 1 + plan.epochs, plan.epochs)]
 
 
 def flops(plan: PPO, config: Any, ours: Contender) -> int:

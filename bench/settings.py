@@ -38,8 +38,8 @@ class PPO:
     prompt: int = 16  # tokens
     response: int = 32
     epochs: int = 4
-    micro_batch: int = 4  # responses
-    turns: int = 3  # of every contender
+    micro_batch: int = 4  # responses, of TRL
+    turns: int = 2  # of every contender
     long: tuple[int, int] = (8, 512)  # responses x tokens, where memory is looked at
     attention: str = "eager"  # torch's fused one has a backward that is slow on short texts
 
