@@ -2,9 +2,9 @@
 
 Equal work: the same models, prompts and hyper-parameters, responses of the full length (EOS ends none), and as many
 optimiser steps. TRL's settings of "4 epochs x 4 mini-batches" make 4 steps an iteration, one an epoch (peers/trl_ppo.py
-says why; torch's hooks count them), so ours has one mini-batch an epoch. TRL takes it in micro-batches, as these settings
-make it; ours in one forward and backward, which reads and writes the weights' gradients less often. An iteration whose
-steps or tokens are others than planned is an error.
+says why; torch's hooks count them), so ours has one mini-batch an epoch. TRL takes it in micro-batches, as these
+settings make it; ours in one forward and backward, which reads and writes the gradients less often. An iteration
+whose steps or tokens are others than planned is an error.
 
 Every contender runs in a process of its own, one at a time: an iteration that warms up, then one that counts. The
 processes come in turns, A B C, C B A, and so on: there is no room in memory for all of them at once.

@@ -78,8 +78,9 @@ def tokenizer_with_pad(
 
     The trainers tell padding by length, so pad == eos is harmless there. transformers' sequence classifiers tell it
     by the pad token: with pad == eos they would score the token before the EOS. `unlike_eos` asks for another token
-    then. A missing or refused pad token is replaced by a special token that the tokenizer already has; failing that,
-    the model's own tokenizer (None given) gets a new one, and the model an embedding for it.
+    then. A pad token that the model has no embedding for counts as missing. A missing or refused one is replaced by a
+    special token that the tokenizer already has; failing that, the model's own tokenizer (None given) gets a new one,
+    and the model an embedding for it.
     Raises ValueError when there is none to take in a tokenizer that was given.
     """
     given = tokenizer is not None
@@ -87,9 +88,11 @@ def tokenizer_with_pad(
         tokenizer = load_tokenizer(model.config.name_or_path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class: the tokenizer has no eos_token; set tokenizer.eos_token")
-    if tokenizer.pad_token_id is None or (unlike_eos and tokenizer.pad_token_id == tokenizer.eos_token_id):
+    size, pad = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    if pad is None or pad >= size or (unlike_eos and pad == tokenizer.eos_token_id):
         spare = [token for token in (tokenizer.unk_token, *tokenizer.all_special_tokens) if token]
-        spare = [token for token in spare if token not in (tokenizer.eos_token, tokenizer.bos_token)]
+        refused = (tokenizer.eos_token, tokenizer.bos_token)
+        spare = [t for t in spare if t not in refused and tokenizer.convert_tokens_to_ids(t) < size]
         if not spare and unlike_eos and given:
             raise ValueError(
                 "processing_class: the tokenizer has no pad token apart from its eos_token "
@@ -102,7 +105,7 @@ def tokenizer_with_pad(
             tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            if len(tokenizer) > size:
                 model.resize_token_embeddings(len(tokenizer))
         logger.warning("The tokenizer's pad token is now %r.", tokenizer.pad_token)
     model.config.pad_token_id = tokenizer.pad_token_id

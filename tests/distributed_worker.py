@@ -258,7 +258,7 @@ def ppos(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines)
+CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines, ppos)
 
 
 def main(rank: int, port: int, folder: Path) -> None:

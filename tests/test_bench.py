@@ -789,10 +789,10 @@ class TestPPO:
         plan, config = TINY.ppo, SimpleNamespace(**decoding_models.CONFIGS["tiny"][1])
         trunk = config.num_hidden_layers * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96)
         config = decoding_models.load("tiny", "fp32", "cpu")[1].config
-        # 2 micro-batches of 2 x (4 + 4) tokens: through reference, reward model and values once; through policy and
-        # value model in each of 2 epochs, and twice as much back. Of the head, the 2 x 4 positions of the responses.
-        separate = 2 * 16 * trunk * (2 * 3 + 2 * 4 * 3) + 2 * 8 * 64 * 300 * (2 + 4 * 3)
-        shared = 2 * 16 * trunk * (2 * 2 + 4 * 3) + 2 * 8 * 64 * 300 * (2 + 4 * 3)
+        # 4 x (4 + 4) tokens: through reference, reward model and values once; through policy and value model in each
+        # of 2 epochs, and twice as much back. Of the head, the 4 x 4 positions of the responses.
+        separate = 2 * 32 * trunk * (3 + 2 * 2 * 3) + 2 * 16 * 64 * 300 * (1 + 2 * 3)
+        shared = 2 * 32 * trunk * (2 + 2 * 3) + 2 * 16 * 64 * 300 * (1 + 2 * 3)
         assert [ppo_step.flops(plan, config, x) for x in ppo_step.OURS_RUN] == [separate, separate, shared]
         assert ppo_step.bare_products(plan, config, ppo_step.OURS_RUN[0]) > 0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from distributed_worker import RANKS, SAMPLING, SFT_RUNS, main, rollouts, sft, steps_of, weights
+from distributed_worker import PPO_RUNS, RANKS, SAMPLING, SFT_RUNS, main, ppo, rollouts, sft, steps_of, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import save_tiny_model, tiny_config, tiny_tokenizer
@@ -181,3 +181,38 @@ def test_exported_weights_are_whole(ranks):
     for results in ranks:
         ours = results["engines"]["fsdp, tied"]
         equal(ours["exported"], ours["weights"])
+
+
+PPO_WAYS = [f"{way}, {name}" for name in PPO_RUNS for way in ("ddp", "fsdp")]
+LOGGED = (
+    *("loss", "grad_norm", "objective/kl", "objective/scores", "objective/kl_coef", "objective/rlhf_reward"),
+    *("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio", "rollout/length"),
+)
+
+
+@pytest.fixture(scope="module")
+def ppo_alone(folder):
+    return {name: ppo(folder, folder / "alone" / name) for name in PPO_RUNS}
+
+
+@pytest.mark.parametrize("name", PPO_WAYS)
+def test_ppo_is_that_of_one_process_with_twice_the_batch(ranks, ppo_alone, name):
+    """The same responses, statistics over all of them, losses and weights."""
+    one, responses = ppo_alone[name.split(", ")[1]]
+    both = [results["ppos"][name] for results in ranks]
+    assert [first + second for first, second in zip(*(mine["responses"] for mine in both), strict=True)] == responses
+    for mine in both:
+        for ours, theirs in zip(mine["log"], steps_of(one), strict=True):
+            for key in LOGGED:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+        close(mine["weights"], weights(one.scorer), rtol=1e-4, atol=5e-5)
+        for part, state in mine["state"].items():
+            assert state == pytest.approx(one._stateful()[part].state_dict(), rel=1e-5)
+        assert mine["sharded"] == {"fsdp" in name} or "fsdp" in name
+    equal(both[0]["weights"], both[1]["weights"])
+
+
+@pytest.mark.parametrize("name", PPO_WAYS)
+def test_resumed_ppo_ends_where_the_uninterrupted_one_did(ranks, name):
+    for results in ranks:
+        equal(results["ppos"][name]["resumed"], results["ppos"][name]["weights"])

@@ -65,7 +65,16 @@ def judge(prompts, completions, **columns):
     return [reward(completion.strip()) for completion in completions]
 
 
-@pytest.mark.parametrize("options", [{"num_ppo_epochs": 2}, {"num_mini_batches": 2, "whiten_advantages": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_ppo_epochs": 2},
+        {"num_mini_batches": 2, "whiten_advantages": True},
+        {"advantage_estimator": "rloo", "num_generations": 16, "num_ppo_epochs": 2},
+        {"advantage_estimator": "grpo", "num_generations": 128, "num_ppo_epochs": 2},
+        {"advantage_estimator": "reinforce++", "whiten_advantages": True, "num_ppo_epochs": 2},
+    ],
+)
 def test_ppo_reaches_the_known_optimum(tmp_path, options):
     tok = tokenizer()
     trainer = PPOTrainer(

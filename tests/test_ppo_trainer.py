@@ -24,7 +24,6 @@ from transformers import (
     set_seed,
 )
 
-from fastrlhf.rewards import RewardError
 from fastrlhf.rollout import Rollout
 from fastrlhf.trainers.ppo.experience import micro_batches
 from fastrlhf.trainers.ppo.guards import TrainingStopped
@@ -239,9 +238,7 @@ def test_importance_weights_are_truncated_ratios(tmp_path):
     gradients = []
     for scale in (weights, None):
         scores = torch.arange(8.0)
-        targets = ppo_targets(
-            scores, log_probs, log_probs, values, rollout.mask, ours.args, kl_coef=0.1, weights=scale
-        )
+        targets = ppo_targets(scores, log_probs, log_probs, values, rollout.mask, ours.args, kl_coef=0.1, weights=scale)
         ours.model.zero_grad()
         ours.update(ours.model, batches, targets)
         gradients.append(torch.cat([p.grad.flatten() for p in ours.model.parameters() if p.grad is not None]))

@@ -129,7 +129,8 @@ class PPOConfig(TrainingArguments):
     )
     kl_target: float = field(default=6.0, metadata={"help": "KL of a response, in nats, that the controller aims at."})
     kl_horizon: int = field(
-        default=10_000, metadata={"help": "Responses within which the adaptive controller moves kl_coef by a fifth at most."}
+        default=10_000,
+        metadata={"help": "Responses within which the adaptive controller moves kl_coef by a fifth at most."},
     )
     kl_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference in the loss."})
     kl_loss_estimator: Literal["k1", "k2", "k3", "abs"] = field(
@@ -185,7 +186,7 @@ class PPOConfig(TrainingArguments):
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "Clip range of the value's change; none does not clip."}
+        default=0.2, metadata={"help": "Clip range of the value's change; None, in Python, does not clip."}
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     critic_warmup_steps: int = field(
@@ -214,8 +215,8 @@ class PPOConfig(TrainingArguments):
     num_frozen_layers: int = field(
         default=0,
         metadata={
-            "help": "Layers from the bottom, with the embeddings, that are not trained. Policy and reference share "
-            "them: they lie in memory once and run once an iteration."
+            "help": "Layers from the bottom, with the embeddings, that are not trained; policy and reference have "
+            "them in memory once."
         },
     )
     offload_models: bool = field(
@@ -312,6 +313,14 @@ class PPOConfig(TrainingArguments):
         if self.whiten_rewards and self.advantage_estimator in ("rloo", "grpo"):
             raise ValueError(
                 f"whiten_rewards=True: advantage_estimator={self.advantage_estimator!r} has no token rewards"
+            )
+        if self.num_frozen_layers and self.fsdp:
+            raise ValueError(
+                f"num_frozen_layers={self.num_frozen_layers}: fsdp shards layers, which cannot be shared then"
+            )
+        if self.num_frozen_layers and self.offload_models:
+            raise ValueError(
+                f"num_frozen_layers={self.num_frozen_layers}: offload_models would take shared layers off the device"
             )
         if self.max_kl is not None and self.save_total_limit == 1:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -36,6 +35,7 @@ from fastrlhf.trainers.offload import on_device
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.ppo.config import PPOConfig
 from fastrlhf.trainers.ppo.experience import Experience, micro_batches, mini_batches
+from fastrlhf.trainers.ppo.frozen_layers import copy_sharing, freeze_lower_layers
 from fastrlhf.trainers.ppo.guards import (
     SkippedSteps,
     TrainingStopped,
@@ -101,11 +101,16 @@ class PPOTrainer(ScorerTrainer):
         tokenizer = tokenizer_with_pad(
             processing_class, policy, trust_remote_code=options.get("trust_remote_code", False)
         )
+        frozen = freeze_lower_layers(policy, args.num_frozen_layers) if args.num_frozen_layers else []
+        if frozen and peft_config is not None:
+            raise ValueError(
+                f"num_frozen_layers={args.num_frozen_layers}: adapters freeze all layers; give one of the two"
+            )
         if ref_model is not None:
             ref_model = load_causal_lm(ref_model, "ref_model", **options)
             disable_dropout(ref_model)
         elif peft_config is None:
-            ref_model = copy.deepcopy(policy)
+            ref_model = copy_sharing(policy, frozen)
         if value_model is not None:
             value_model = load_reward_model(value_model, "value_model", **options)
             disable_dropout(value_model)
