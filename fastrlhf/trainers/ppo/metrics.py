@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf import functional as F
+from fastrlhf.rollout import Rollout
 from fastrlhf.rollout.diversity import distinct_n
-from fastrlhf.trainers.ppo.experience import Experience
 
 
 class MicroBatchStats(NamedTuple):
@@ -21,24 +21,33 @@ class MicroBatchStats(NamedTuple):
     value: F.ValueStats | None
 
 
-def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
-    """Means over the responses, of scores as the reward functions gave them; each function's where there are several.
+def rollout_metrics(
+    rollout: Rollout,
+    scores: Tensor,
+    each: dict[str, Tensor],
+    log_probs: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+) -> dict[str, Tensor]:
+    """Means over the responses, of scores [B] as the reward functions gave them; each one's where there are several.
+
+    log_probs, mask: [B, T], of the policy, and 1 = a token that it sampled. kl: [B], of a response, in nats.
 
     objective/kl is the KL of a whole response to the reference, in nats; objective/rlhf_reward is score - kl_coef KL;
     objective/entropy is the mean of -log p over the sampled tokens, whose expectation is the entropy;
     rollout/distinct_n is the number of different n-grams over that of all (Li et al. 2016): it falls when the policy
     collapses.
     """
-    rollout, scores, targets = experience.rollout, experience.scores, experience.targets
-    each = experience.each if len(experience.each) > 1 else {}
+    each = each if len(each) > 1 else {}
     return {
         **{f"rewards/{name}": values.mean() for name, values in each.items()},
-        "objective/kl": targets.kl.mean(),
+        "objective/kl": kl.mean(),
         "objective/kl_coef": scores.new_tensor(kl_coef),
-        "objective/entropy": F.masked_mean(-targets.log_probs, targets.mask),
+        "objective/entropy": F.masked_mean(-log_probs, mask),
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
-        "objective/rlhf_reward": (scores - kl_coef * targets.kl).mean(),
+        "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
         "rollout/length": rollout.lengths.float().mean(),
         "rollout/distinct_1": scores.new_tensor(distinct_n(rollout.responses, 1)),
         "rollout/distinct_2": scores.new_tensor(distinct_n(rollout.responses, 2)),

@@ -49,9 +49,10 @@ from fastrlhf.trainers.ppo.phases import Phases
 from fastrlhf.trainers.ppo.reference import Reference
 from fastrlhf.trainers.ppo.rollout_weights import rollout_weights
 from fastrlhf.trainers.ppo.samples import show_completions, write_completions
-from fastrlhf.trainers.ppo.targets import Targets, ppo_targets
+from fastrlhf.trainers.ppo.targets import Targets, ppo_targets, response_kl
 from fastrlhf.trainers.reductions import any_rank, gather_varying, global_advantage_stats, mean_over_ranks
 from fastrlhf.trainers.sharding import whole_weights
+from fastrlhf.trainers.token_scorer import inside
 
 STATE_FILE = "ppo_state.json"
 
@@ -233,20 +234,15 @@ class PPOTrainer(ScorerTrainer):
             return None, {}, error
         return scores.to(self.args.device), each, None
 
-    def experience(
-        self, model: nn.Module, rollout: Rollout, scores: Tensor, each: dict[str, Tensor], *, shape: bool = True
-    ) -> Experience:
-        """What the updates of an iteration are made of: log-probs, values, advantages. shape: scores as args say."""
+    def experience(self, model: nn.Module, rollout: Rollout, scores: Tensor, each: dict[str, Tensor]) -> Experience:
+        """What the updates of an iteration are made of: log-probs, values, shaped scores, advantages."""
         args = self.args
         batches = micro_batches(rollout, range(len(rollout)), args, self.accelerator)
         log_probs, values, weights = self.score_rollout(model, rollout, batches)
         ref_log_probs = self.reference.log_probs(rollout, batches, self.accelerator)
-        shaped = scores
-        if shape:
-            finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], device=args.device)
-            shaped = self.shape_scores(scores, finished, rollout.lengths.to(args.device))
+        finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], device=args.device)
         targets = ppo_targets(
-            shaped,
+            self.shape_scores(scores, finished, rollout.lengths.to(args.device)),
             log_probs,
             ref_log_probs,
             values,
@@ -272,7 +268,7 @@ class PPOTrainer(ScorerTrainer):
         if not policy_forward and not args.has_critic:
             return sampled, None, None
         if not policy_forward and rollout.hidden is not None:
-            return sampled, rollout.padded(scorer.values_of(rollout.hidden)), None
+            return sampled, rollout.padded(inside(scorer, scorer.values_of, rollout.hidden)), None
         model.train()  # as in the update, so that both run the same code
         shape = rollout.mask.shape
         log_probs, values = torch.zeros(shape, device=args.device), torch.zeros(shape, device=args.device)
@@ -404,8 +400,8 @@ class PPOTrainer(ScorerTrainer):
     def optimizer_step(self, model: nn.Module, norm: Tensor) -> None:
         """An optimiser step between mini-batches, clipped like the Trainer's own. norm: of the gradients."""
         if self.args.max_grad_norm > 0:
-            if self.args.fp16:
-                self._clip_grad_norm(model)  # which takes the scale off first
+            if self.args.fp16 or self.is_fsdp_enabled:
+                self._clip_grad_norm(model)  # which takes the scale off first, and knows shards
             else:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         self.optimizer.step()
@@ -472,7 +468,9 @@ class PPOTrainer(ScorerTrainer):
     def report(self, rows: list[dict[str, Any]], experience: Experience) -> None:
         """An iteration's metrics before its updates, and now and then its responses."""
         args, step = self.args, self.state.global_step + 1
-        self.record(**rollout_metrics(experience, self.kl_controller.coef))
+        rollout, targets = experience.rollout, experience.targets
+        policy = (targets.log_probs, targets.kl, targets.mask)
+        self.record(**rollout_metrics(rollout, experience.scores, experience.each, *policy, self.kl_controller.coef))
         if not args.log_completions_steps or step % args.log_completions_steps or not self.is_world_process_zero():
             return
         self.show_completions([row["prompt"] for row in rows], experience, step)
@@ -508,21 +506,20 @@ class PPOTrainer(ScorerTrainer):
             return {name: value for part in parts for name, value in part.items()}
         if "prompt_ids" not in dataset.column_names:
             dataset = prepare_prompts(dataset, self.processing_class, self.args.max_prompt_length)
-        rows = list(dataset)
-        ranks = self.args.world_size
-        if len(rows) >= ranks:  # else each takes all of them: a rank without rows would keep the others waiting
-            rows = rows[self.args.process_index :: ranks]
+        rows, ranks = list(dataset), self.args.world_size
+        share = -(-len(rows) // ranks)  # as many on every rank; some take a row that another has
+        rows = [rows[(self.args.process_index + i * ranks) % len(rows)] for i in range(share)]
         rollout = self.rollout(rows, purpose="eval")
         scores, each, error = self.scores(rows, rollout)
         if any_rank(error is not None, self.accelerator):
             raise error or RewardError("reward_funcs: one failed on another rank")
-        measured = rollout_metrics(
-            self.experience(self.model, rollout, scores, each, shape=False), self.kl_controller.coef
-        )
-        count = torch.tensor(float(len(rows)), device=self.args.device)
-        share = count / mean_over_ranks(count, self.accelerator)
-        values = torch.stack([x.to(self.args.device) for x in measured.values()])
-        means = mean_over_ranks(share * values, self.accelerator)
+        batches = micro_batches(rollout, range(len(rollout)), self.args, self.accelerator)
+        log_probs, *_ = self.score_rollout(self.model, rollout, batches)
+        ref_log_probs = self.reference.log_probs(rollout, batches, self.accelerator)
+        mask = rollout.trained.to(self.args.device)
+        kl = response_kl(log_probs, ref_log_probs, mask, self.args.kl_estimator)
+        measured = rollout_metrics(rollout, scores, each, log_probs, kl, mask, self.kl_controller.coef)
+        means = mean_over_ranks(torch.stack([x.to(self.args.device) for x in measured.values()]), self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in zip(measured, means.tolist(), strict=True)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
