@@ -448,7 +448,6 @@ def test_every_feature_from_flags(tmp_path, flags, capfd):
     ]
     common += ["--reward_functions", f"{tmp_path / 'judge.py'}:short", "--response_length", "5", "--report_to", "none"]
     common += ["--rollout_batch_size", "4", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
-    assert main([*common, *(word for name, value in flags.items() for word in (f"--{name}", value))]) == 0, (
-        capfd.readouterr().err
-    )
+    own = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    assert main([*common, *own]) == 0, capfd.readouterr().err
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["objective/scores"] < 0

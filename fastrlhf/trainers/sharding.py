@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastrlhf.trainers.token_scorer import inside
 
@@ -45,6 +45,14 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for module in shards:
             module.reshard()
+
+
+@torch.no_grad()
+def copy_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a whole tensor into a parameter, or this rank's part of it into a sharded one; every rank has the whole."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def _roots(module: nn.Module) -> Iterator[nn.Module]:

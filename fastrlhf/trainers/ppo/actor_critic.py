@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrlhf.batching import Packing
 from fastrlhf.rewards.reward_model import score_in_fp32
+from fastrlhf.trainers.sharding import copy_whole
 from fastrlhf.trainers.token_scorer import Loss, TokenScorer, check_packing, inside, part_of, run
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -121,13 +121,14 @@ class ActorCritic(TokenScorer):
     def load_value_function(self, folder: str) -> None:
         """Load what `save_pretrained` wrote of the value function."""
         if self.value_head is not None:
-            self.value_head.load_state_dict(load_file(os.path.join(folder, VALUE_HEAD_FILE)))
+            saved = load_file(os.path.join(folder, VALUE_HEAD_FILE))
+            for name, mine in self.value_head.named_parameters():
+                copy_whole(mine, saved[name])
         if self.value_model is None:
             return
-        saved = type(self.value_model).from_pretrained(os.path.join(folder, VALUE_MODEL_FOLDER))
-        with torch.no_grad():
-            for mine, theirs in zip(self.value_model.parameters(), saved.parameters(), strict=True):
-                mine.copy_(theirs)
+        model = type(self.value_model).from_pretrained(os.path.join(folder, VALUE_MODEL_FOLDER))
+        for mine, theirs in zip(self.value_model.parameters(), model.parameters(), strict=True):
+            copy_whole(mine, theirs)
 
 
 def _score_head(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from fastrlhf.rollout import Rollout
 from fastrlhf.trainers.offload import on_device
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.ppo.config import PPOConfig
+from fastrlhf.trainers.sharding import whole_weights
 from fastrlhf.trainers.token_scorer import TokenScorer
 
 
@@ -50,7 +51,7 @@ class Reference:
     def _scorer(self) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
         """TokenScorer's forward."""
         if self.scorer is None:
-            with self.policy.model.disable_adapter():
+            with whole_weights(self.policy), self.policy.model.disable_adapter():  # it turns requires_grad off and on
                 yield partial(TokenScorer.forward, self.policy)
             return
         with on_device(self.scorer, self.args.device, self.args.offload_models):
