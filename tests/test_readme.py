@@ -6,11 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import pytest
 from tiny import save_tiny_model
+from transformers import TrainingArguments
+
+from fastrlhf.trainers import PPOConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,3 +56,16 @@ def test_the_tables_are_the_committed_results():
         [sys.executable, "-m", "fastrlhf.bench.readme", "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_of_ppo_names_every_field():
+    page = (ROOT / "fastrlhf/trainers/ppo/README.md").read_text(encoding="utf-8")
+    own = {field.name for field in fields(PPOConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert {name for name in own if f"`{name}`" not in page} == set()
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", *ROOT.glob("fastrlhf/**/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)", page.read_text(encoding="utf-8"))]
+    assert links
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
