@@ -179,4 +179,4 @@ class TestRunaway:
         free = first_log(trainer(tmp_path, **options))
         held = first_log(trainer(tmp_path, target_kl=1e-3, **options))
         assert free["policy/optimizer_steps"] == 4
-        assert held["policy/optimizer_steps"] < 4
+        assert 1 <= held["policy/optimizer_steps"] < 4

@@ -184,11 +184,11 @@ class PPOTrainer(ScorerTrainer):
                     )
                 if not losses and experience.targets.weights is None:  # the policy is still the one that sampled
                     self.record(**gap_metrics(stats, with_mean=not args.kl_loss_coef))
-                losses.append(loss)
-                bar.update()
-                if args.target_kl is not None and self.approx_kl(stats) > args.target_kl:
+                if losses and args.target_kl is not None and self.approx_kl(stats) > args.target_kl:
                     model.zero_grad()  # the step that the Trainer makes is then none
                     break
+                losses.append(loss)
+                bar.update()
         self.record(**{"policy/optimizer_steps": torch.tensor(float(len(losses)))})
         self.record_times(rollout, len(losses))
         self.skipped.in_a_row = 0
