@@ -184,6 +184,7 @@ class ScoredBatch:
     tokens: [n], the scored tokens.
     rows, columns: [n], where each scored token stands in the caller's [B, T] tensors.
     sequences: [n], the sequence of this batch, from 0 to b - 1, that each scored token belongs to.
+    sequence_rows: b numbers, the row of the caller's that each sequence is.
     shape: (b, the largest number of scored tokens in a sequence).
     """
 
@@ -193,6 +194,7 @@ class ScoredBatch:
     rows: Tensor
     columns: Tensor
     sequences: Tensor
+    sequence_rows: list[int]
     shape: tuple[int, int]
     packing: Packing | None = None
 
@@ -256,7 +258,7 @@ def pack_responses(
 
 def _scored(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: Sequence[int], begins: Sequence[int]
-) -> dict[str, Tensor | tuple[int, int]]:
+) -> dict[str, Tensor | list[int] | tuple[int, int]]:
     """The other fields of a ScoredBatch whose sequences begin at `begins` in the flattened input_ids."""
     fields: dict[str, list[int]] = {name: [] for name in ("positions", "tokens", "rows", "columns", "sequences")}
     for sequence, row in enumerate(rows):
@@ -268,5 +270,6 @@ def _scored(
         fields["rows"] += [row] * length
         fields["columns"] += range(length)
         fields["sequences"] += [sequence] * length
+    of_tokens = {name: torch.tensor(x, dtype=torch.long) for name, x in fields.items()}
     shape = len(rows), max(len(responses[row]) for row in rows)
-    return {**{name: torch.tensor(x, dtype=torch.long) for name, x in fields.items()}, "shape": shape}
+    return {**of_tokens, "sequence_rows": list(rows), "shape": shape}

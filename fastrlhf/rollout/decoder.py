@@ -44,6 +44,12 @@ class Decoder:
         self.head.update()
         self.final_norm.update()
 
+    def release_weights(self) -> None:
+        """Until the next `update`."""
+        for layer in self.layers:
+            layer.release_weights()
+        self.head.release_weights()
+
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows now: embeddings may be resized."""
@@ -156,6 +162,10 @@ class Layer:
         for part in (self.qkv, self.output, self.up, self.down, *self.head_norms, *self.post_norms):
             if part is not None:
                 part.update()
+
+    def release_weights(self) -> None:
+        for linear in (self.qkv, self.output, self.up, self.down):
+            linear.release_weights()
 
     def __call__(
         self, x: Tensor, cache: tuple[Tensor, Tensor], where: tuple[Tensor, ...], angles: tuple[Tensor | None, ...]

@@ -79,6 +79,10 @@ class Linear(ABC):
         """Keeps the weights in the layout that a call reads."""
 
     @abstractmethod
+    def release_weights(self) -> None:
+        """Keeps them no longer; `update` must come before the next call."""
+
+    @abstractmethod
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
@@ -102,6 +106,9 @@ class PackedLinear(Linear):
             weight = weight if weight.stride(1) == 1 else weight.contiguous()
             ops.pack_weight_(self.packed, weight, i if self.gated else first, 2 if self.gated else 1)
             first += count
+
+    def release_weights(self) -> None:
+        self.packed = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], self.width) if residual is None else residual
@@ -130,6 +137,9 @@ class PlainLinear(Linear):
         self.biases = [None] * len(weights)
         if self.bias is not None:
             self.biases = self.bias.to(self.dtype).split([len(w) for w in weights])
+
+    def release_weights(self) -> None:
+        self.own = []
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = (x if self.norm is None else self.norm(x)).to(self.dtype)

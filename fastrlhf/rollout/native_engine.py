@@ -53,6 +53,10 @@ class NativeEngine:
     def update_weights(self) -> None:
         """Nothing: `generate` reads the weights itself."""
 
+    def release_weights(self) -> None:
+        """Gives back the memory of the copy of the weights that it decodes with, until `generate` makes another."""
+        self.decoder.release_weights()
+
     def kv_bytes(self, prompts: list[list[int]], sampling: SamplingParams) -> int:
         """Bytes of KV cache that `generate` allocates at most for these prompts, without `kv_cache_bytes`."""
         limits = [self._limit(prompt, sampling) for prompt in prompts for _ in range(sampling.n)]

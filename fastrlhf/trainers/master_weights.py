@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+# Bytes of widened gradients at a time.
+PART = 2**26
 
 
 class MasterWeights(Optimizer):
@@ -19,7 +22,8 @@ class MasterWeights(Optimizer):
 
     `MasterWeights.over(torch.optim.AdamW)` is the class that steps with AdamW; it takes AdamW's arguments.
     params: parameters or parameter groups, as for any optimiser.
-    Costs 4 bytes a bf16 parameter for the master and 4 more while stepping, for the widened gradient.
+    Costs 4 bytes a bf16 parameter for the master and while stepping, for the widened gradients, another 4 for each of
+    PART / 4 parameters; of all with optimisers that are not torch's own, which might need to see all at once.
     `state_dict` is that of `optimizer_cls` over the weights, each with its "master" beside the moments, so a resumed
     run continues from the masters, not from their rounded copies. Sharded weights (DTensor) have sharded masters.
     """
@@ -59,14 +63,38 @@ class MasterWeights(Optimizer):
         optimizer = self._make_masters()
         for mine, inner in zip(self.param_groups, optimizer.param_groups, strict=True):
             inner.update(_options(mine))  # the learning rate, as the scheduler has set it
-        for weight, master in self.pairs:
-            master.grad = None if weight.grad is None else weight.grad.float()
-        optimizer.step()
-        for weight, master in self.pairs:
-            weight.copy_(master)
-            master.grad = None
+        weights = {master: weight for weight, master in self.pairs}
+        whole = optimizer.param_groups
+        for part in self._parts(whole):
+            masters = [p for group in part for p in group["params"] if p in weights]
+            for master in masters:
+                grad = weights[master].grad
+                master.grad = None if grad is None else grad.float()
+            optimizer.param_groups = part
+            optimizer.step()
+            for master in masters:
+                weights[master].copy_(master)
+                master.grad = None
+        optimizer.param_groups = whole
         self._show(optimizer)
         return loss
+
+    def _parts(self, groups: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """The groups, cut into parts that are stepped one after the other: torch's optimisers, all but L-BFGS, treat
+        each parameter by itself."""
+        if not self.optimizer_cls.__module__.startswith("torch.optim.") or self.optimizer_cls is torch.optim.LBFGS:
+            yield groups
+            return
+        for group in groups:
+            part, size = [], 0
+            for parameter in group["params"]:
+                part.append(parameter)
+                size += parameter.numel() * parameter.element_size()
+                if size >= PART:
+                    yield [{**group, "params": part}]
+                    part, size = [], 0
+            if part:
+                yield [{**group, "params": part}]
 
     def _show(self, optimizer: Optimizer) -> None:
         """State and options of the optimiser inside as this one's own, by the weights instead of their masters."""

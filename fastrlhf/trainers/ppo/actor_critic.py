@@ -73,12 +73,16 @@ class ActorCritic(TokenScorer):
         loss: Loss | None = None,
         packing: Packing | None = None,
         train_policy: bool = True,
+        model_values: bool = False,
     ) -> tuple[Any, Any, Tensor | None]:
-        """Log-probs, entropies and values [n], fp32, of `tokens` [n]; the value is of the state before the token, and
-        None without a value function. With `loss`, the pair that it returns, and the values. train_policy: whether the
-        values' gradient goes on into the policy's trunk."""
+        """Log-probs, entropies and values [n], fp32, of `tokens` [n]; with `loss`, what it returns, and the values.
+
+        The value is the value head's, of the state before the token. It is None where there is no value head, except
+        with `model_values`: a value model has a forward of its own, `values`, whose activations need not be in memory
+        together with the policy's. train_policy: whether the values' gradient goes on into the policy's trunk.
+        """
         scores, hidden = self.score(input_ids, positions, tokens, temperature, loss, packing)
-        if self.value_model is not None:
+        if self.value_model is not None and model_values:
             return *scores, self._model_values(input_ids, positions, packing)
         if self.value_head is None:
             return *scores, None

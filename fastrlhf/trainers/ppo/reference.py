@@ -15,6 +15,7 @@ from fastrlhf.rollout import Rollout
 from fastrlhf.trainers.offload import on_device
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.ppo.config import PPOConfig
+from fastrlhf.trainers.ppo.frozen_layers import LowerStates
 from fastrlhf.trainers.sharding import whole_weights
 from fastrlhf.trainers.token_scorer import TokenScorer
 
@@ -23,11 +24,13 @@ class Reference:
     """A frozen model, or without one the policy with its adapters off.
 
     scorer: the policy. ref_model: a causal language model, taken over and frozen, or None. With `args.offload_models`
-        it is on the device only while it computes.
+        it is on the device only while it computes. lower_states: of the layers that it shares with the policy.
     """
 
-    def __init__(self, scorer: ActorCritic, ref_model: nn.Module | None, args: PPOConfig) -> None:
-        self.policy, self.args = scorer, args
+    def __init__(
+        self, scorer: ActorCritic, ref_model: nn.Module | None, args: PPOConfig, lower_states: LowerStates
+    ) -> None:
+        self.policy, self.args, self.lower_states = scorer, args, lower_states
         self.scorer: TokenScorer | None = None
         if ref_model is not None:
             ref_model = ref_model.eval().requires_grad_(False)
@@ -41,9 +44,10 @@ class Reference:
         results = torch.zeros(rollout.mask.shape, device=self.args.device)
         with self._scorer() as score, accelerator.autocast():
             for batch in batches:
-                log_probs, _ = score(
-                    batch.input_ids, batch.positions, batch.tokens, self.args.temperature, packing=batch.packing
-                )
+                with self.lower_states(batch):
+                    log_probs, _ = score(
+                        batch.input_ids, batch.positions, batch.tokens, self.args.temperature, packing=batch.packing
+                    )
                 batch.put(results, log_probs)
         return results
 

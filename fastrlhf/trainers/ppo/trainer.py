@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastrlhf import functional as F
 from fastrlhf.batching import ScoredBatch
 from fastrlhf.data import prepare_prompts
 from fastrlhf.loading import (
@@ -35,7 +35,7 @@ from fastrlhf.trainers.offload import on_device
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.ppo.config import PPOConfig
 from fastrlhf.trainers.ppo.experience import Experience, micro_batches, mini_batches
-from fastrlhf.trainers.ppo.frozen_layers import copy_sharing, freeze_lower_layers
+from fastrlhf.trainers.ppo.frozen_layers import LowerStates, copy_sharing, freeze_lower_layers
 from fastrlhf.trainers.ppo.guards import (
     SkippedSteps,
     TrainingStopped,
@@ -44,6 +44,7 @@ from fastrlhf.trainers.ppo.guards import (
     set_diverged_aside,
 )
 from fastrlhf.trainers.ppo.kl_controllers import create_kl_controller
+from fastrlhf.trainers.ppo.losses import Losses
 from fastrlhf.trainers.ppo.metrics import MicroBatchStats, gap_metrics, gap_metrics_of, rollout_metrics, update_metrics
 from fastrlhf.trainers.ppo.phases import Phases
 from fastrlhf.trainers.ppo.reference import Reference
@@ -149,7 +150,8 @@ class PPOTrainer(ScorerTrainer):
             self.rewards.to(args.device)
         self.shape_scores = ScoreShaper(args, gather=self._gather)
         self.kl_controller = create_kl_controller(args)
-        self.reference = Reference(self.scorer, ref_model, args)
+        self.lower_states = LowerStates(policy, args.num_frozen_layers)
+        self.reference = Reference(self.scorer, ref_model, args, self.lower_states)
         self.skipped = SkippedSteps()
         self.phases = Phases(bar=not args.disable_tqdm and self.is_world_process_zero())
         logger.info("attention of the forward passes: %s", self.scorer.packed_attention)
@@ -200,6 +202,7 @@ class PPOTrainer(ScorerTrainer):
         Each prompt has a seed of its own, which hangs on args.seed, the step, and its place among the prompts of all
         ranks: what is sampled is the same for any number of ranks, and after a resume.
         """
+        self.lower_states.forget()
         prompts = [row["prompt_ids"] for row in inputs]
         sampling = replace(self.sampling, n=generations)
         _, own = gather_varying(torch.arange(len(prompts), device=self.args.device), self.accelerator)
@@ -210,7 +213,9 @@ class PPOTrainer(ScorerTrainer):
                 return self.engine.generate(prompts, replace(sampling, seed=seeds[0]))
             if isinstance(self.engine, NativeEngine):
                 hidden = self.args.has_critic and self.scorer.value_model is None
-                return self.engine.generate(prompts, sampling, seeds=seeds, hidden=hidden)
+                rollout = self.engine.generate(prompts, sampling, seeds=seeds, hidden=hidden)
+                self.engine.release_weights()  # its copy of them is of no use to the update
+                return rollout
             return self.engine.generate(prompts, sampling, seeds=seeds)
 
     def _seed(self, purpose: str, place: int) -> int:
@@ -273,14 +278,16 @@ class PPOTrainer(ScorerTrainer):
         shape = rollout.mask.shape
         log_probs, values = torch.zeros(shape, device=args.device), torch.zeros(shape, device=args.device)
         for batch in batches:
+            new_values = None
             with self.accelerator.autocast():
-                if not policy_forward and scorer.value_model is not None:
-                    batch.put(values, scorer.values(batch.input_ids, batch.positions, batch.packing))
-                    continue
-                new_log_probs, _, new_values = model(
-                    batch.input_ids, batch.positions, batch.tokens, args.temperature, packing=batch.packing
-                )
-            batch.put(log_probs, new_log_probs)
+                if policy_forward or scorer.value_model is None:
+                    with self.lower_states(batch):
+                        new_log_probs, _, new_values = model(
+                            batch.input_ids, batch.positions, batch.tokens, args.temperature, packing=batch.packing
+                        )
+                    batch.put(log_probs, new_log_probs)
+                if scorer.value_model is not None:
+                    new_values = scorer.values(batch.input_ids, batch.positions, batch.packing)
             if new_values is not None:
                 batch.put(values, new_values)
         values = values if args.has_critic else None
@@ -306,96 +313,31 @@ class PPOTrainer(ScorerTrainer):
         counts = [_counts(batch, targets.mask) for batch in mini_batch]
         # Mean over the ranks: data parallelism averages the gradients again, which leaves the mean over all tokens.
         tokens, sequences = mean_over_ranks(torch.stack(counts).sum(0), self.accelerator)
-        losses, stats = [], []
+        losses, total, stats = Losses(args, targets, tokens, sequences), [], []
+        together = isinstance(model, DistributedDataParallel)  # which takes one backward to a forward
         for batch, (own_tokens, _) in zip(mini_batch, counts, strict=True):
-            with self.accelerator.autocast():
-                policy_loss, policy_stats, value_loss, value_stats = self.losses(
-                    model, batch, targets, tokens, sequences, train_policy=not warming_up
+            with self.accelerator.autocast(), self.lower_states(batch):
+                loss, policy_stats, values = losses.policy(
+                    model, batch, train_policy=not warming_up, model_values=together
                 )
-                loss = policy_loss * 0.0 if warming_up else policy_loss
-                if value_loss is not None:
-                    loss = loss + args.vf_coef * value_loss
+            loss = loss * 0.0 if warming_up else loss
+            value_loss = value_stats = None
+            if self.scorer.value_model is not None and not together:
+                # The policy's activations go before the value model's come.
+                self.accelerator.backward(loss)
+                loss = loss.detach()
+                with self.accelerator.autocast():
+                    values = self.scorer.values(batch.input_ids, batch.positions, batch.packing)
+            if values is not None:
+                value_loss, value_stats = losses.value(batch, values)
+                loss = loss + args.vf_coef * value_loss
             self.accelerator.backward(loss)
-            losses.append(loss.detach())
+            total.append(loss.detach())
             stats.append(MicroBatchStats(own_tokens / tokens, policy_stats, value_loss, value_stats))
         if warming_up:
             self.scorer.drop_policy_gradients()
         self.record(**update_metrics(stats))
-        return torch.stack(losses).sum(), stats
-
-    def losses(
-        self,
-        model: nn.Module,
-        batch: ScoredBatch,
-        targets: Targets,
-        tokens: Tensor,
-        sequences: Tensor,
-        *,
-        train_policy: bool = True,
-    ) -> tuple[Tensor, F.PPOStats, Tensor | None, F.ValueStats | None]:
-        """Policy loss and value loss of a micro-batch, as parts of sums over a mini-batch, with statistics.
-
-        tokens, sequences: how many the mini-batch has.
-        """
-        args = self.args
-        # Only these need to know which tokens are of one sequence; other sums are of tokens, over some denominator.
-        by_sequence = args.ratio_level == "sequence" or args.loss_aggregation == "seq-mean-token-mean"
-        common = {
-            "aggregation": "seq-mean-token-mean" if args.loss_aggregation == "seq-mean-token-mean" else "token-mean",
-            "denominator": {
-                "token-mean": tokens,
-                "seq-mean-token-sum": sequences,
-                "seq-mean-token-mean": sequences,
-                "seq-mean-token-sum-norm": sequences * args.response_length,
-            }[args.loss_aggregation],
-        }
-
-        def take(x: Tensor) -> Tensor:
-            return batch.by_sequence(batch.take(x)) if by_sequence else batch.take(x)
-
-        old_log_probs, mask = take(targets.log_probs), take(targets.mask)
-        ref = {
-            "ref_log_probs": take(targets.ref_log_probs),
-            "kl_coef": args.kl_loss_coef,
-            "kl_estimator": args.kl_loss_estimator,
-        }
-        if not args.kl_loss_coef:
-            # For the statistics: how far the policy is from the old one, |log ratio| on average.
-            ref = {"ref_log_probs": old_log_probs, "kl_estimator": "abs"}
-        policy_loss, policy_stats, values = model(
-            batch.input_ids,
-            batch.positions,
-            batch.tokens,
-            args.temperature,
-            packing=batch.packing,
-            loss=lambda scored: scored.ppo_loss(
-                old_log_probs,
-                take(targets.advantages),
-                mask,
-                by_sequence=batch.by_sequence if by_sequence else None,
-                clip_low=args.cliprange,
-                clip_high=args.cliprange if args.cliprange_high is None else args.cliprange_high,
-                dual_clip=args.dual_clip,
-                ratio_level=args.ratio_level,
-                weights=None if targets.weights is None else take(targets.weights),
-                advantage_stats=targets.advantage_stats,
-                entropy_coef=args.entropy_coef,
-                **ref,
-                **common,
-            ),
-            train_policy=train_policy,
-        )
-        if values is None:
-            return policy_loss, policy_stats, None, None
-        value_loss, value_stats = F.value_loss(
-            batch.by_sequence(values) if by_sequence else values,
-            take(targets.values),
-            take(targets.returns),
-            mask,
-            clip=args.cliprange_value,
-            **common,
-        )
-        return policy_loss, policy_stats, value_loss, value_stats
+        return torch.stack(total).sum(), stats
 
     def optimizer_step(self, model: nn.Module, norm: Tensor) -> None:
         """An optimiser step between mini-batches, clipped like the Trainer's own. norm: of the gradients."""
