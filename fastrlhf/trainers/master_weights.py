@@ -7,10 +7,12 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 # Bytes of widened gradients at a time.
-PART = 2**26
+PART = 2**24
 
 
 class MasterWeights(Optimizer):
@@ -65,11 +67,11 @@ class MasterWeights(Optimizer):
             inner.update(_options(mine))  # the learning rate, as the scheduler has set it
         weights = {master: weight for weight, master in self.pairs}
         whole = optimizer.param_groups
+        scratch = Scratch()
         for part in self._parts(whole):
             masters = [p for group in part for p in group["params"] if p in weights]
-            for master in masters:
-                grad = weights[master].grad
-                master.grad = None if grad is None else grad.float()
+            for master, grad in zip(masters, scratch.widened([weights[m].grad for m in masters]), strict=True):
+                master.grad = grad
             optimizer.param_groups = part
             optimizer.step()
             for master in masters:
@@ -130,6 +132,29 @@ class MasterWeights(Optimizer):
                 master.copy_(saved)
                 weight.copy_(saved)
         self._show(optimizer)
+
+
+class Scratch:
+    """Memory for fp32 copies of some tensors at a time. Memory that is taken anew is faulted in page by page, which
+    costs several times the copying."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def widened(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """fp32 copies, overwritten by those of the next call; sharded tensors have copies of their own."""
+        plain = [x for x in tensors if x is not None and not isinstance(x, DTensor)]
+        size = sum(x.numel() for x in plain)
+        if plain and (self.memory.numel() < size or self.memory.device != plain[0].device):
+            self.memory = torch.empty(size, device=plain[0].device)
+        copies, begin = [], 0
+        for x in tensors:
+            if x is None or isinstance(x, DTensor):
+                copies.append(None if x is None else x.float())
+                continue
+            copies.append(self.memory[begin : begin + x.numel()].view(x.shape).copy_(x))
+            begin += x.numel()
+        return copies
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
