@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -289,6 +290,22 @@ def test_the_cache_is_as_large_as_predicted_and_all_its_pages_come_back(monkeypa
         assert not any(allocator.holders)
         assert sorted(loops[-1].free_slots) == list(range(min(batch_size, n * len(prompts))))
         assert engine.decoder.cache == []
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["packed", "plain"])
+def test_released_weights_are_read_again(monkeypatch, forced):
+    monkeypatch.setattr(backends, "REFERENCE_FORCED", forced)
+    engine, prompts = NativeEngine(build("llama"), TOKENIZER), prompts_of()
+    before = engine.generate(prompts, sampling())
+
+    def held() -> list[Any]:
+        linears = [x for layer in engine.decoder.layers for x in (layer.qkv, layer.output, layer.up, layer.down)]
+        return [x.own if forced else x.packed for x in (*linears, engine.decoder.head)]
+
+    assert all(len(x) for x in held())
+    engine.release_weights()
+    assert not any(held())
+    assert_same(engine.generate(prompts, sampling()), before)
 
 
 def test_a_cache_that_does_not_fit_is_an_error_with_the_numbers(monkeypatch):

@@ -273,6 +273,36 @@ class TestFrozenLayers:
         assert any(".1." in name for name in moved)
         assert ours.state.log_history[1]["objective/kl"] != 0  # the reference's upper part is where it was
 
+    def test_they_run_once_a_rollout(self, tmp_path):
+        ours = trainer(tmp_path, num_frozen_layers=1, num_ppo_epochs=3, max_steps=2)
+        lower, upper = (layer.self_attn for layer in ours.scorer.model.model.layers)
+        calls = {lower: 0, upper: 0}
+
+        def count(module, inputs, output):
+            calls[module] += 1
+
+        for module in calls:
+            module.register_forward_hook(count)
+        ours.train()
+        # Four micro-batches: of the reference, whose upper layer is its own, and of three epochs.
+        assert calls == {lower: 2 * 4, upper: 2 * 3 * 4}
+
+    @pytest.mark.parametrize("padding_free", [True, False])
+    @pytest.mark.parametrize("own_reference", [True, False])
+    def test_leaving_them_out_changes_nothing(self, tmp_path, padding_free, own_reference):
+        options = {"ref_model": save_tiny_model(tmp_path / "ref")} if own_reference else {}
+        ours = trainer(tmp_path, num_frozen_layers=1, padding_free=padding_free, rollout_weight_clip=2.0, **options)
+        made = experience(ours)
+        ours.rollout(list(ours.train_dataset)[:8])  # forgets
+        batches = all_rows(ours, made)
+        loss, whole = gradient(ours, made, batches)
+        assert ours.lower_states.states.keys() == set(range(8))
+        # Other batches than those they were computed in.
+        ours.args.per_device_train_batch_size = 8
+        replayed_loss, replayed = gradient(ours, made, all_rows(ours, made))
+        torch.testing.assert_close(replayed_loss, loss, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(replayed, whole, rtol=1e-3, atol=2e-5 * whole.abs().max())
+
     def test_all_layers_are_too_many(self, tmp_path):
         with pytest.raises(ValueError, match="num_frozen_layers=2 must be less than the model's 2 layers"):
             trainer(tmp_path, num_frozen_layers=2)

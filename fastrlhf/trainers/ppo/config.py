@@ -216,7 +216,7 @@ class PPOConfig(TrainingArguments):
         default=0,
         metadata={
             "help": "Layers from the bottom, with the embeddings, that are not trained; policy and reference have "
-            "them in memory once."
+            "them in memory once, and run them once a rollout."
         },
     )
     offload_models: bool = field(
