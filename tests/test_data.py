@@ -256,7 +256,7 @@ class TestPreferences:
 
     def test_equal_sides_are_dropped_with_one_warning(self, tokenizer):
         data = rows({"chosen": "good", "rejected": "good<|im_end|>"}, {"chosen": "good", "rejected": "bad"})
-        with pytest.warns(UserWarning, match="1 of 2 rows have the same tokens") as caught:
+        with pytest.warns(UserWarning, match="1 with the same tokens in chosen and rejected; 1 of 2 pairs") as caught:
             assert len(prepare_preferences(data, tokenizer, 64)) == 1
         assert len(caught) == 1
         with pytest.raises(ValueError, match="nothing is left"):

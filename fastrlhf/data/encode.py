@@ -85,6 +85,23 @@ class Encoder:
             encoded.append((self._ended(opened, text.chat), len(prompt) + len(opened) - len(whole)))
         return encoded
 
+    def token_ends(self, text: Rendered, ids: list[int]) -> list[int]:
+        """How many characters of the text there are up to the end of each of its tokens `ids`, which `texts` made."""
+        if not self.tokenizer.is_fast:
+            raise ValueError("the tokenizer does not say which letters a token stands for; a fast tokenizer is wanted")
+        prompt, (whole, ends) = self._ids([text.prompt])[0], self._with_ends(text.whole)
+        if whole[: len(prompt)] != prompt:
+            (prompt, ends), (rest, ends_of_rest) = (
+                self._with_ends(part) for part in (text.prompt, text.whole[len(text.prompt) :])
+            )
+            whole, ends = prompt + rest, ends + [len(text.prompt) + end for end in ends_of_rest]
+        front = len(self._opened(whole, text.chat)) - len(whole)
+        return ([0] * front + ends + [len(text.whole)])[: len(ids)]
+
+    def _with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
     def render(self, prompt: Text, completion: Text, row: int) -> Rendered:
         """Prompt and completion as one text. A string beside messages counts as one message of its side."""
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -117,6 +134,11 @@ class Encoder:
         out = self._apply(messages, row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = self._ended(out["input_ids"], chat=True), out["assistant_masks"]
         return ids, [*mask, int(messages[-1]["role"] == "assistant")][: len(ids)]
+
+    def turn_ends(self, messages: list[Message], row: int) -> list[int]:
+        """How many characters of a rendered conversation there are up to the end mark of each assistant turn."""
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return [len(self._apply(messages[: i + 1], row).rstrip()) for i in turns]
 
     def _apply(self, messages: list[Message], row: int, tokenize: bool = False, **options: bool) -> str | dict:
         self._template()

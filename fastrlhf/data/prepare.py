@@ -16,7 +16,6 @@ from fastrlhf.data.encode import Encoder, Rendered
 Rows = dict[str, list]
 
 SFT_LAYOUTS = "`messages`, or `prompt` and `completion`, or `text`, or `chosen` (with or without `prompt`)"
-PREFERENCE_LAYOUTS = "`chosen` and `rejected`, with or without `prompt` and `margin`"
 PROMPT_LAYOUTS = "`prompt`, or `messages`, or `chosen` conversations to take the prompt from, or `input_ids`"
 
 
@@ -58,7 +57,7 @@ def prepare_sft(
             batch["labels"].append((labels if completion_only_loss else ids)[:max_length])
         return batch
 
-    prepared = _map(dataset, prepare, "Tokenising texts", remove_columns=columns)
+    prepared = map_rows(dataset, prepare, "Tokenising texts", remove_columns=columns)
     # The first token is never predicted, so a label there trains nothing.
     return _keep(
         prepared,
@@ -113,60 +112,6 @@ def _after_prompt(encoder: Encoder, texts: list[Rendered]) -> Tokenized:
     return [(ids, [i >= start for i in range(len(ids))]) for ids, start in encoder.texts(texts)]
 
 
-def prepare_preferences(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Columns `chosen_ids` and `rejected_ids`, and `margin` (float) if there is one, for reward models.
-
-    Reads `chosen` and `rejected`, each a string or messages, put after `prompt` (string or messages) where there is
-    such a column, unless they begin with it. Transcripts as in Anthropic's hh-rlhf are plain text. Texts end with EOS,
-    once.
-
-    Pairs whose two sides have the same tokens say nothing: dropped, with one warning. Raises ValueError for other
-    columns, an empty data set, a cell of a wrong type (with its row), a text longer than max_length, or when no pair is
-    left.
-    """
-    cells.require_dataset(dataset, "preferences")
-    columns, encoder = dataset.column_names, Encoder(tokenizer)
-    if not {"chosen", "rejected"} <= set(columns):
-        raise cells.wrong_columns(dataset, "preferences", PREFERENCE_LAYOUTS)
-
-    def tokenize(rows: Rows, indices: list[int], column: str) -> list[list[int]]:
-        texts = []
-        for i, row in enumerate(indices):
-            answer = cells.check_text(rows[column][i], column, row)
-            prompt = cells.check_text(rows["prompt"][i], "prompt", row) if "prompt" in rows else None
-            if prompt is None and isinstance(answer, str):
-                texts.append(Rendered("", answer, chat=False))
-            elif prompt is None:
-                texts.append(encoder.render_chat(answer, 0, row))
-            else:
-                texts.append(encoder.render(prompt, answer, row))
-        return [ids for ids, _ in encoder.texts(texts)]
-
-    def prepare(rows: Rows, indices: list[int]) -> Rows:
-        batch = {f"{side}_ids": tokenize(rows, indices, side) for side in ("chosen", "rejected")}
-        if "margin" in rows:
-            batch["margin"] = [
-                cells.check_number(value, "margin", row) for row, value in zip(indices, rows["margin"], strict=True)
-            ]
-        return batch
-
-    prepared = _map(dataset, prepare, "Tokenising pairs", remove_columns=columns)
-    lengths = np.maximum(_lengths(prepared, "chosen_ids"), _lengths(prepared, "rejected_ids"))
-    too_long = np.flatnonzero(lengths > max_length)
-    if too_long.size:
-        raise ValueError(
-            f"preferences: {too_long.size} of {len(lengths)} pairs have a text longer than max_length={max_length} "
-            f"tokens (the first is row {too_long[0]}, the longest has {lengths.max()}). Cut off, they could lose the "
-            f"very words they were judged by: raise max_length to {lengths.max()}, or leave those rows out with "
-            "dataset.filter(...)."
-        )
-    return _keep(
-        prepared,
-        [chosen != rejected for chosen, rejected in zip(prepared["chosen_ids"], prepared["rejected_ids"], strict=True)],
-        "have the same tokens in chosen and rejected",
-    )
-
-
 def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Dataset:
     """Adds `prompt_ids`, the tokens PPO samples a response to, and keeps all other columns for the reward functions.
 
@@ -200,8 +145,8 @@ def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_pr
         batch: Rows = {"prompt_ids": encoder.prompts(prompts, indices)}
         return batch if source == "prompt" else {"prompt": prompts, **batch}
 
-    prepared = _map(dataset, prepare, "Tokenising prompts")
-    lengths = _lengths(prepared, "prompt_ids")
+    prepared = map_rows(dataset, prepare, "Tokenising prompts")
+    lengths = lengths_of(prepared, "prompt_ids")
     if (lengths == 0).any():
         raise ValueError(
             f"prompts: row {int((lengths == 0).argmax())} has an empty prompt, and the tokenizer puts no BOS token "
@@ -236,7 +181,7 @@ def _tokenised_prompts(rows: Rows, indices: list[int], tokenizer: PreTrainedToke
     return {"prompt": prompts, "prompt_ids": prompt_ids}
 
 
-def _map(dataset: Dataset, prepare: Callable, desc: str, remove_columns: list[str] | None = None) -> Dataset:
+def map_rows(dataset: Dataset, prepare: Callable, desc: str, remove_columns: list[str] | None = None) -> Dataset:
     # Not from the cache: its key does not change when the code of this package does.
     return dataset.with_format(None).map(
         prepare,
@@ -248,7 +193,7 @@ def _map(dataset: Dataset, prepare: Callable, desc: str, remove_columns: list[st
     )
 
 
-def _lengths(dataset: Dataset, column: str) -> np.ndarray:
+def lengths_of(dataset: Dataset, column: str) -> np.ndarray:
     batches = dataset.with_format("arrow").select_columns(column).iter(10_000)
     return np.concatenate([pyarrow.compute.list_value_length(batch[column]).to_numpy() for batch in batches])
 

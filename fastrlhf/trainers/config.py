@@ -7,6 +7,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from fastrlhf.data.pairs import PairRules
+
 
 def positive(args: object, *names: str) -> None:
     for name in names:
@@ -51,7 +53,30 @@ class SFTConfig(TrainingArguments):
 
 
 @dataclass
-class RewardConfig(TrainingArguments):
+class PairArguments:
+    """What becomes of pairs that say little or the wrong thing; see fastrlhf.data.PairRules."""
+
+    pair_ties: Literal["keep", "drop"] = field(
+        default="keep",
+        metadata={"help": "Pairs rated alike: column `tie`, equal `score_chosen` and `score_rejected`, or margin 0."},
+    )
+    pair_contradictions: Literal["keep", "drop"] = field(
+        default="keep", metadata={"help": "Pairs of which another row says the opposite; drop leaves out both."}
+    )
+    pair_empty_completions: Literal["keep", "drop"] = field(
+        default="drop", metadata={"help": "Pairs with a completion that has nothing but white space."}
+    )
+    pair_too_long: Literal["error", "drop"] = field(
+        default="error", metadata={"help": "Pairs with a text longer than max_length."}
+    )
+
+    @property
+    def pair_rules(self) -> PairRules:
+        return PairRules(self.pair_ties, self.pair_contradictions, self.pair_empty_completions, self.pair_too_long)
+
+
+@dataclass
+class RewardConfig(PairArguments, TrainingArguments):
     """Bradley-Terry reward model on pairs of a chosen and a rejected text."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
@@ -67,3 +92,4 @@ class RewardConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "max_length")
+        _ = self.pair_rules  # an error for a wrong choice

@@ -52,7 +52,7 @@ class RewardTrainer(BaseTrainer):
         )
 
         def prepared(dataset: Dataset) -> Dataset:
-            return prepare_preferences(dataset, tokenizer, args.max_length)
+            return prepare_preferences(dataset, tokenizer, args.max_length, args.pair_rules)
 
         super().__init__(
             model=with_adapter(model, peft_config),
