@@ -47,7 +47,7 @@ def train(command: str, argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+        trainer.save_metrics("eval", trainer.calibrate() if command == "reward" else trainer.evaluate())
     if trainer.is_world_process_zero():
         print(f"The model is in {args.output_dir}")
 

@@ -50,13 +50,22 @@ def load_causal_lm(model: str | nn.Module, argument: str = "model", **options: A
     return _load(AutoModelForCausalLM, argument, model, **options) if isinstance(model, str) else model
 
 
-def load_reward_model(model: str | nn.Module, argument: str = "model", **options: Any) -> nn.Module:
-    """A sequence classification model with one label from a hub id or folder; a model comes back as it is."""
+def load_reward_model(
+    model: str | nn.Module, argument: str = "model", num_labels: int = 1, **options: Any
+) -> nn.Module:
+    """A sequence classification model, one label a head, from a hub id or folder; a model comes back as it is."""
     if isinstance(model, str):
-        model = _load(AutoModelForSequenceClassification, argument, model, num_labels=1, **options)
+        name = model
+        try:
+            model = _load(AutoModelForSequenceClassification, argument, name, num_labels=num_labels, **options)
+        except RuntimeError as error:  # weights of other shapes
+            raise ValueError(
+                f"{argument}={name!r} could not be loaded with a score head of {num_labels} labels; where it has one "
+                f"with another number, start from its causal language model. Cause: {error}"
+            ) from error
     labels = getattr(model.config, "num_labels", None)
-    if labels != 1:
-        raise ValueError(f"{argument}: num_labels={labels}, but a reward model has num_labels=1")
+    if labels != num_labels:
+        raise ValueError(f"{argument}: num_labels={labels}, but this reward model has num_labels={num_labels}")
     return model
 
 

@@ -81,6 +81,11 @@ def join(prompt: Text, completion: Text) -> tuple[list[Message], int]:
     return head + tail, len(head)
 
 
+def chat_of(prompt: Text, completion: Text) -> list[Message] | None:
+    """The conversation that they are, or None where both are plain text."""
+    return None if isinstance(prompt, str) and isinstance(completion, str) else join(prompt, completion)[0]
+
+
 def _said(message: Message) -> tuple[object, object]:
     return message.get("role"), message.get("content")
 

@@ -148,8 +148,7 @@ def _rendered(
     answer = cells.check_text(rows[side][i], side, row)
     if "prompt" in rows:
         prompt = cells.check_text(rows["prompt"][i], "prompt", row)
-        chat = not (isinstance(prompt, str) and isinstance(answer, str))
-        return encoder.render(prompt, answer, row), cells.join(prompt, answer)[0] if chat else None
+        return encoder.render(prompt, answer, row), cells.chat_of(prompt, answer)
     if isinstance(answer, str):
         if starts or cells.LAST_TURN in answer:
             return encoder.render(*cells.split_transcript(answer, side, row), row), None

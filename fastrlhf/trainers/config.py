@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from fastrlhf.data.pairs import PairRules
+from fastrlhf.rewards.settings import RewardSettings
 
 
 def positive(args: object, *names: str) -> None:
@@ -88,8 +89,71 @@ class RewardConfig(PairArguments, TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of (chosen + rejected)^2, which keeps the scores' mean at zero (Eisenstein 2023)."},
     )
+    num_heads: int = field(
+        default=1,
+        metadata={
+            "help": "Score heads on one trunk, an ensemble: each begins elsewhere and learns from its own bootstrap "
+            "sample of the pairs."
+        },
+    )
+    objectives: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of numbers, one head each: above 0 where the chosen text is the better one by that "
+            "objective, below 0 where the rejected is, 0 or nothing where neither."
+        },
+    )
+    score_turns: Literal["last", "all"] = field(
+        default="last",
+        metadata={
+            "help": "last scores a text at its end; all scores a conversation at the end of every assistant turn and "
+            "compares the sums (Christiano et al. 2017)."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluations in a row without a lower held-out loss after which training ends, at the best "
+            "checkpoint. Evaluates and saves after every epoch, unless eval_strategy says otherwise."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None:
+            self._stop_early()
         super().__post_init__()
-        positive(self, "max_length")
+        positive(self, "max_length", "num_heads")
+        one_of(self, "score_turns", ("last", "all"))
         _ = self.pair_rules  # an error for a wrong choice
+        if self.objectives is not None and len(set(self.objectives)) != max(len(self.objectives), 1):
+            raise ValueError(f"objectives={self.objectives} must be names of columns, each once")
+        if self.objectives and self.num_heads > 1:
+            raise ValueError(
+                f"num_heads={self.num_heads} with objectives={self.objectives}: these have one head each; for an "
+                "ensemble of them, train several models"
+            )
+
+    def _stop_early(self) -> None:
+        positive(self, "early_stopping_patience")
+        self.load_best_model_at_end = True
+        self.metric_for_best_model = self.metric_for_best_model or "loss"
+        self.restore_callback_states_from_checkpoint = True  # how long there was nothing better
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            self.eval_strategy = "epoch"
+        self.save_strategy = self.eval_strategy
+        if self.eval_steps is not None:
+            self.save_steps = self.eval_steps
+
+    @property
+    def num_labels(self) -> int:
+        """Heads of the model."""
+        return len(self.objectives or []) or self.num_heads
+
+    @property
+    def reward_settings(self) -> RewardSettings:
+        """What the model's folder will say of its heads."""
+        if self.objectives:
+            return RewardSettings("objectives", list(self.objectives), self.score_turns)
+        if self.num_heads > 1:
+            return RewardSettings("ensemble", [f"head_{i}" for i in range(self.num_heads)], self.score_turns)
+        return RewardSettings(turns=self.score_turns)
