@@ -11,6 +11,8 @@ _WHERE = {
     "SFTConfig": "fastrlhf.trainers",
     "RewardTrainer": "fastrlhf.trainers",
     "RewardConfig": "fastrlhf.trainers",
+    "ProcessRewardTrainer": "fastrlhf.trainers",
+    "ProcessRewardConfig": "fastrlhf.trainers",
     "PPOTrainer": "fastrlhf.trainers",
     "PPOConfig": "fastrlhf.trainers",
     "backend_table": "fastrlhf.backends",

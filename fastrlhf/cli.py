@@ -11,7 +11,10 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
 
   sft       supervised fine-tuning of a language model
   reward    a reward model from pairs of a chosen and a rejected text
+  process-reward
+            a process reward model from steps that are labelled right or wrong
   ppo       PPO of a language model against reward models and functions
+  pareto    runs with several objectives as one table: which of them are simply worse
   demo      the whole way on real human ratings, on a laptop
   env       versions, the machine, and which backend serves which op
   bench     bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding; bench ppo:
@@ -69,6 +72,12 @@ def _train(command: str):
         train(command, argv)
 
     return run
+
+
+def pareto(argv: list[str]) -> None:
+    from fastrlhf.cli_pareto import main as run
+
+    run(argv)
 
 
 def demo(argv: list[str]) -> None:
@@ -143,4 +152,9 @@ def _gpus() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-COMMANDS = {name: _train(name) for name in ("sft", "reward", "ppo")} | {"demo": demo, "env": env, "bench": bench}
+COMMANDS = {name: _train(name) for name in ("sft", "reward", "process-reward", "ppo")} | {
+    "pareto": pareto,
+    "demo": demo,
+    "env": env,
+    "bench": bench,
+}

@@ -1,4 +1,4 @@
-"""The arguments of `fastrlhf sft|reward|ppo`, from flags and from a YAML file."""
+"""The arguments of `fastrlhf sft|reward|process-reward|ppo`, from flags and from a YAML file."""
 
 from __future__ import annotations
 

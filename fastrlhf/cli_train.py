@@ -1,4 +1,4 @@
-"""`fastrlhf sft|reward|ppo`: arguments to trainer, training, and the final model on disk."""
+"""`fastrlhf sft|reward|process-reward|ppo`: arguments to trainer, training, and the final model on disk."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from transformers import TrainingArguments
 from fastrlhf import trainers
 from fastrlhf.cli_arguments import DataArguments, ModelArguments, RewardArguments, parse
 
-CONFIGS = {"sft": trainers.SFTConfig, "reward": trainers.RewardConfig, "ppo": trainers.PPOConfig}
+CONFIGS = {
+    "sft": trainers.SFTConfig,
+    "reward": trainers.RewardConfig,
+    "process-reward": trainers.ProcessRewardConfig,
+    "ppo": trainers.PPOConfig,
+}
 
 
 def train(command: str, argv: list[str]) -> None:
-    """Trains by `command` (sft, reward or ppo) and leaves model and tokenizer in output_dir."""
+    """Trains by `command`, one of CONFIGS, and leaves model and tokenizer in output_dir."""
     extra = (RewardArguments,) if command == "ppo" else ()
     model, data, args, *reward = parse(command, argv, ModelArguments, DataArguments, CONFIGS[command], *extra)
     functions = [load_function(name) for name in reward[0].reward_functions or []] if reward else []
@@ -30,13 +35,15 @@ def train(command: str, argv: list[str]) -> None:
         "args": args,
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
-        "peft_config": model.peft_config("SEQ_CLS" if command == "reward" else "CAUSAL_LM"),
+        "peft_config": model.peft_config("SEQ_CLS" if "reward" in command else "CAUSAL_LM"),
         "model_init_kwargs": model.init_kwargs(),
     }
     if command == "sft":
         trainer = trainers.SFTTrainer(**options)
     elif command == "reward":
         trainer = trainers.RewardTrainer(**options)
+    elif command == "process-reward":
+        trainer = trainers.ProcessRewardTrainer(**options)
     else:
         trainer = trainers.PPOTrainer(
             reward_funcs=[*(reward[0].reward_models or []), *functions],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,9 @@ class StubTrainer:
     def evaluate(self):
         return {"eval_loss": 1.0}
 
+    def calibrate(self):
+        return {"eval_loss": 1.0}
+
     def save_metrics(self, split, metrics):
         self.calls.append((split, metrics))
 
@@ -75,13 +79,13 @@ class TestTop:
         code = "import sys; from fastrlhf.cli import main; main(['--help']); assert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
         assert done.returncode == 0, done.stderr
-        for command in ("sft", "reward", "ppo", "demo", "env"):
-            assert f"\n  {command} " in done.stdout
+        for command in ("sft", "reward", "process-reward", "ppo", "pareto", "demo", "env"):
+            assert re.search(rf"\n  {command}\s", done.stdout)
 
     def test_module_can_be_run(self):
         done = subprocess.run([sys.executable, "-m", "fastrlhf", "dance"], capture_output=True, text=True, cwd=REPO)
         assert done.returncode == 2
-        assert "no command 'dance', wanted one of sft, reward, ppo, demo, env" in done.stderr
+        assert "no command 'dance', wanted one of sft, reward, process-reward, ppo, pareto, demo, env" in done.stderr
 
     def test_flags_are_explained(self, capsys):
         with pytest.raises(SystemExit) as exit_:

@@ -1,4 +1,4 @@
-"""The KL coefficient, fixed and adaptive."""
+"""The KL coefficient: fixed, adaptive, and following the reward models' disagreement."""
 
 import json
 import math
@@ -6,7 +6,12 @@ import math
 import pytest
 
 from fastrlhf.trainers import PPOConfig
-from fastrlhf.trainers.ppo.kl_controllers import AdaptiveKLController, FixedKLController, create_kl_controller
+from fastrlhf.trainers.ppo.kl_controllers import (
+    AdaptiveKLController,
+    FixedKLController,
+    UncertaintyKLController,
+    create_kl_controller,
+)
 
 
 def test_fixed():
@@ -93,3 +98,57 @@ def test_from_arguments(tmp_path):
     assert fixed.coef == 0.3
     assert isinstance(adaptive, AdaptiveKLController)
     assert (adaptive.coef, adaptive.target, adaptive.horizon) == (0.3, 2.0, 50)
+
+
+class TestUncertainty:
+    def test_by_hand(self):
+        controller = UncertaintyKLController(0.1, horizon=100)
+        controller.update(3.0, 50, 0.4)  # the first says what is usual
+        assert controller.coef == 0.1
+        controller.update(3.0, 50, 0.8)
+        kept = math.exp(-0.5)
+        assert controller.coef == pytest.approx(0.1 * (kept * 0.4 + (1 - kept) * 0.8) / 0.4, rel=1e-12)
+
+    def test_it_settles_in_proportion(self):
+        controller = UncertaintyKLController(0.1, horizon=10)
+        for disagreement in [0.5] + [1.5] * 50:
+            controller.update(0.0, 10, disagreement)
+        assert controller.coef == pytest.approx(0.3, rel=1e-9)
+
+    @pytest.mark.parametrize(("disagreement", "coef"), [(1e9, 1.0), (0.0, 0.01)])
+    def test_within_a_factor_of_ten(self, disagreement, coef):
+        controller = UncertaintyKLController(0.1, horizon=10)
+        for value in [0.5] + [disagreement] * 50:
+            controller.update(0.0, 10, value)
+        assert controller.coef == pytest.approx(coef)
+
+    def test_what_changes_nothing(self):
+        controller = UncertaintyKLController(0.1, horizon=10)
+        for disagreement in (0.0, math.nan, 0.5, math.inf):
+            controller.update(0.0, 10, disagreement)
+        assert (controller.coef, controller.first, controller.average) == (0.1, 0.5, 0.5)
+
+    def test_without_an_ensemble(self):
+        with pytest.raises(ValueError, match="follows the disagreement of reward models"):
+            UncertaintyKLController(0.1, 10).update(0.0, 10)
+
+    def test_state_goes_on_bit_for_bit(self):
+        seen = [0.5, 0.7, 0.9, 0.4, 0.6]
+        straight, first = (UncertaintyKLController(0.1, 50) for _ in range(2))
+        for value in seen:
+            straight.update(0.0, 8, value)
+        for value in seen[:2]:
+            first.update(0.0, 8, value)
+        second = UncertaintyKLController(0.1, 50)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for value in seen[2:]:
+            second.update(0.0, 8, value)
+        assert second.state_dict() == straight.state_dict()
+
+    def test_from_arguments(self, tmp_path):
+        options = {"kl_controller": "uncertainty", "kl_coef": 0.2, "kl_horizon": 7}
+        controller = create_kl_controller(PPOConfig(str(tmp_path), report_to="none", **options))
+        assert isinstance(controller, UncertaintyKLController)
+        assert (controller.coef, controller.horizon) == (0.2, 7)
+        with pytest.raises(ValueError, match=r"kl_coef=0.0 must be greater than 0 for kl_controller='uncertainty'"):
+            PPOConfig(str(tmp_path), report_to="none", kl_controller="uncertainty", kl_coef=0.0)

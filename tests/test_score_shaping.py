@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fastrlhf.rewards import RunningNormalizer, ScoreShaper, normalize, normaliz
 def arguments(**options):
     defaults = {
         "reward_normalization": "none",
+        "normalize_each_reward": False,
         "num_generations": 1,
         "reward_clip": None,
         "missing_eos_penalty": None,
@@ -138,3 +140,31 @@ def test_shapes(name):
     given[name] = given[name][:1]
     with pytest.raises(ValueError, match=rf"{name}: got shape \(1,\), wanted \(3,\)"):
         ScoreShaper(arguments())(torch.ones(3), **given)
+
+
+class TestEach:
+    """Every reward function on a scale of its own before the weights."""
+
+    EACH: ClassVar = {
+        "a": torch.tensor([0.0, 2.0]),
+        "b": torch.tensor([300.0, 100.0]),
+        "a/part": torch.tensor([9.0, 9.0]),
+    }
+    GIVEN = (torch.tensor([True, True]), torch.tensor([1, 1]))
+
+    def test_by_hand(self):
+        args = arguments(reward_normalization="batch", normalize_each_reward=True)
+        shaper = ScoreShaper(args, weights={"a": 1.0, "b": 3.0})
+        # -/+ 1/sqrt(2) for a, the other way round for b, whatever their scales
+        wanted = torch.tensor([2.0, -2.0]) / 2**0.5
+        torch.testing.assert_close(shaper(torch.zeros(2), *self.GIVEN, self.EACH), wanted)
+
+    def test_running_statistics_of_each_are_kept(self):
+        args = arguments(reward_normalization="running", normalize_each_reward=True)
+        first, second = (ScoreShaper(args, weights={"a": 1.0, "b": 0.0}) for _ in range(2))
+        first(torch.zeros(2), *self.GIVEN, self.EACH)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        more = {"a": torch.tensor([5.0, 1.0]), "b": torch.tensor([7.0, 1.0])}
+        results = [shaper(torch.zeros(2), *self.GIVEN, more).tolist() for shaper in (first, second)]
+        assert results[0] == results[1]
+        assert first.running["a"].mean == 2.0

@@ -14,7 +14,7 @@ def combine(members: Tensor, how: str = "mean", std_coef: float = 1.0) -> tuple[
 
     members: [n, m], scores by each member, around the same zero.
     how: "mean"; "min", the worst case; "mean-std", mean - std_coef std, a lower confidence bound. Coste et al. 2023
-        (arXiv:2310.02743, section 3) have the first two, and the third with the variance in place of the standard
+        (arXiv:2310.02743) have the first two, and the third with the variance in place of the standard
         deviation, which is on the scale of the scores.
     Returns the scores [n] and the standard deviations [n] (unbiased; 0 for one member), fp32. Raises ValueError.
     """

@@ -110,7 +110,8 @@ def length_bias(length_differences: Tensor, differences: Tensor) -> dict[str, fl
 def write_report(folder: str, name: str, report: dict[str, Any]) -> str:
     """`name`.json in the folder, and `name`.png with its reliability diagrams; returns the path of the JSON.
 
-    A report with objectives has diagrams of each, `name`-`objective`.png. Without matplotlib the diagram is left out, with a warning.
+    A report with objectives has diagrams of each, `name`-`objective`.png. Without matplotlib there are none, with a
+    warning.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fastrlhf.rewards.normalization import RunningNormalizer, normalize, normalize_groups
@@ -14,6 +15,7 @@ class ShapingArguments(Protocol):
     """The fields of PPOConfig that are read here."""
 
     reward_normalization: str
+    normalize_each_reward: bool
     num_generations: int
     reward_clip: float | None
     missing_eos_penalty: float | None
@@ -26,16 +28,27 @@ class ScoreShaper:
 
     args: PPOConfig; each of its fields is off by default.
     gather: [b] -> [n], the values of all ranks, for the normalisations "batch" and "running"; a group lies on one rank.
+    weights: with `args.normalize_each_reward`, of each reward function by its name: every function's scores are
+        normalised, and their weighted sum is what is shaped further.
     "running" has its statistics in `state_dict`, numbers that JSON keeps exactly.
     """
 
-    def __init__(self, args: ShapingArguments, gather: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    def __init__(
+        self,
+        args: ShapingArguments,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
+        weights: dict[str, float] | None = None,
+    ) -> None:
         self.args = args
         self.gather = gather
-        self.running = RunningNormalizer()
+        self.weights = weights if args.normalize_each_reward else None
+        self.running = {name: RunningNormalizer() for name in self.weights or ("sum",)}
 
-    def __call__(self, scores: Tensor, finished: Tensor, lengths: Tensor) -> Tensor:
-        """Shaped scores [B], in the dtype of `scores`.
+    def __call__(
+        self, scores: Tensor, finished: Tensor, lengths: Tensor, each: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Shaped scores [B], in the dtype of `scores`. each: [B] of each function, with `weights` alone, in place of
+        scores.
 
         scores: [B], finite; with "group", the num_generations responses to a prompt follow each other.
         finished: [B], bool, whether a response ended by itself. lengths: [B], its tokens.
@@ -47,7 +60,13 @@ class ScoreShaper:
         for name, x in (("finished", finished), ("lengths", lengths)):
             if x.shape != scores.shape:
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {tuple(scores.shape)}, that of scores")
-        scores = self._normalized(scores)
+        if self.weights is None:
+            scores = self._normalized(scores, self.running["sum"])
+        else:
+            parts = [
+                w * self._normalized(each[name].to(scores), self.running[name]) for name, w in self.weights.items()
+            ]
+            scores = torch.stack(parts).sum(0)
         if args.reward_clip is not None:
             scores = scores.clamp(-args.reward_clip, args.reward_clip)
         if args.missing_eos_penalty is not None:
@@ -56,18 +75,19 @@ class ScoreShaper:
             scores = scores - args.length_penalty * (lengths / args.response_length).to(scores.dtype)
         return scores
 
-    def _normalized(self, scores: Tensor) -> Tensor:
+    def _normalized(self, scores: Tensor, running: RunningNormalizer) -> Tensor:
         match self.args.reward_normalization:
             case "batch":
                 return normalize(scores, self.gather(scores))
             case "group":
                 return normalize_groups(scores, self.args.num_generations)
             case "running":
-                return self.running(scores, self.gather(scores))
+                return running(scores, self.gather(scores))
         return scores
 
-    def state_dict(self) -> dict[str, float]:
-        return self.running.state_dict()
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {name: running.state_dict() for name, running in self.running.items()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.running.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        for name, running in self.running.items():
+            running.load_state_dict(state[name])

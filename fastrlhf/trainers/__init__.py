@@ -1,9 +1,10 @@
 """SFT, reward models and PPO: subclasses of `transformers.Trainer` and their arguments."""
 
 from fastrlhf.trainers.checkpoints import last_checkpoint
-from fastrlhf.trainers.config import RewardConfig, SFTConfig
+from fastrlhf.trainers.config import ProcessRewardConfig, RewardConfig, SFTConfig
 from fastrlhf.trainers.lm_heads import LMHead, linear_lm_head, register_lm_head
 from fastrlhf.trainers.ppo import PPOConfig, PPOTrainer
+from fastrlhf.trainers.process_reward import ProcessRewardTrainer
 from fastrlhf.trainers.reward import RewardTrainer
 from fastrlhf.trainers.sft import SFTTrainer
 
@@ -11,6 +12,8 @@ __all__ = [
     "LMHead",
     "PPOConfig",
     "PPOTrainer",
+    "ProcessRewardConfig",
+    "ProcessRewardTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -157,3 +157,22 @@ class RewardConfig(PairArguments, TrainingArguments):
         if self.num_heads > 1:
             return RewardSettings("ensemble", [f"head_{i}" for i in range(self.num_heads)], self.score_turns)
         return RewardSettings(turns=self.score_turns)
+
+
+@dataclass
+class ProcessRewardConfig(TrainingArguments):
+    """A process reward model on steps that are labelled right or wrong."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens; a longer one is an error."})
+    step_separator: str = field(
+        default="\n",
+        metadata={"help": "What stands between the steps, and parts a response into steps when it is scored."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "max_length")
+        if not self.step_separator:
+            raise ValueError("step_separator: empty, wanted what stands between steps, such as '\\n'")

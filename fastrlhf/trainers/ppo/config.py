@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from fastrlhf.rewards.combine import ENSEMBLES
 from fastrlhf.rollout import ENGINES
 from fastrlhf.trainers.config import LM_HEAD_HELP, LM_HEADS, one_of, positive
 
@@ -16,12 +17,13 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 CHOICES = {
     "advantage_estimator": ADVANTAGE_ESTIMATORS,
     "gae_mask_mode": ("carry", "zero", "none"),
-    "kl_controller": ("fixed", "adaptive"),
+    "kl_controller": ("fixed", "adaptive", "uncertainty"),
     "kl_estimator": KL_ESTIMATORS,
     "kl_loss_estimator": KL_ESTIMATORS,
     "lm_head": LM_HEADS,
     "loss_aggregation": AGGREGATIONS,
     "ratio_level": ("token", "sequence"),
+    "reward_ensemble": ("none", *ENSEMBLES),
     "reward_normalization": ("none", "batch", "group", "running"),
     "rollout_engine": ENGINES,
     "rollout_weight_mode": ("truncate", "mask", "sequence_mask"),
@@ -97,6 +99,26 @@ class PPOConfig(TrainingArguments):
             "over the responses to a prompt, or over all iterations so far."
         },
     )
+    normalize_each_reward: bool = field(
+        default=False,
+        metadata={
+            "help": "reward_normalization of each reward function's scores, before they are weighted and summed."
+        },
+    )
+    reward_ensemble: Literal["none", "mean", "min", "mean-std"] = field(
+        default="none",
+        metadata={
+            "help": "All reward models, and all of their heads, as one score: their mean, their least, or their mean "
+            "less reward_std_coef standard deviations (Coste et al. 2023). With none, each is a reward of its own."
+        },
+    )
+    reward_std_coef: float = field(
+        default=1.0, metadata={"help": "Standard deviations that reward_ensemble=mean-std takes off the mean."}
+    )
+    calibrated_rewards: bool = field(
+        default=False,
+        metadata={"help": "Reward models give log-odds, by the temperature fitted on held-out pairs."},
+    )
     reward_clip: float | None = field(
         default=None, metadata={"help": "Holds normalised scores within plus and minus this."}
     )
@@ -123,14 +145,20 @@ class PPOConfig(TrainingArguments):
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = field(
         default="k1", metadata={"help": "Estimator of the per-token KL in the reward (Schulman 2020)."}
     )
-    kl_controller: Literal["fixed", "adaptive"] = field(
+    kl_controller: Literal["fixed", "adaptive", "uncertainty"] = field(
         default="fixed",
-        metadata={"help": "adaptive moves kl_coef until the KL of a response is kl_target (Ziegler et al. 2019)."},
+        metadata={
+            "help": "adaptive moves kl_coef until the KL of a response is kl_target (Ziegler et al. 2019); uncertainty "
+            "moves it in proportion to the disagreement of an ensemble of reward models."
+        },
     )
     kl_target: float = field(default=6.0, metadata={"help": "KL of a response, in nats, that the controller aims at."})
     kl_horizon: int = field(
         default=10_000,
-        metadata={"help": "Responses within which the adaptive controller moves kl_coef by a fifth at most."},
+        metadata={
+            "help": "Responses within which the adaptive controller moves kl_coef by a fifth at most, and over which "
+            "the uncertainty controller averages."
+        },
     )
     kl_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference in the loss."})
     kl_loss_estimator: Literal["k1", "k2", "k3", "abs"] = field(
@@ -255,7 +283,8 @@ class PPOConfig(TrainingArguments):
                 positive(self, name)
         for name in ("reward_retries", "critic_warmup_steps", "num_frozen_layers", "max_skipped_steps"):
             _at_least_0(self, name)
-        _at_least_0(self, "log_completions_steps")
+        for name in ("log_completions_steps", "reward_std_coef"):
+            _at_least_0(self, name)
         for name, choices in CHOICES.items():
             one_of(self, name, choices)
         self._check_combinations()
@@ -326,10 +355,13 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 "save_total_limit=1 must be at least 2 with max_kl: the last checkpoint may be of weights that diverged"
             )
-        if self.kl_controller == "adaptive" and self.kl_coef <= 0:
+        if self.kl_controller != "fixed" and self.kl_coef <= 0:
             raise ValueError(
-                f"kl_coef={self.kl_coef} must be greater than 0 for kl_controller='adaptive', a factor on it"
+                f"kl_coef={self.kl_coef} must be greater than 0 for kl_controller={self.kl_controller!r}, a factor on "
+                "it"
             )
+        if self.normalize_each_reward and self.reward_normalization == "none":
+            raise ValueError("normalize_each_reward=True needs a reward_normalization other than none")
 
     @property
     def mini_batch_size(self) -> int:

@@ -50,17 +50,20 @@ def ppo_targets(
     *,
     kl_coef: float,
     weights: Tensor | None = None,
+    token_rewards: Tensor | None = None,
     whitening: Statistics = lambda stats, x, mask: stats,
 ) -> Targets:
     """KL penalty, score and advantages by `args.advantage_estimator`. The score stands on the last token that counts:
     its EOS, if it has one, never what follows; tokens the policy did not sample have mask 0.
 
     scores: [B], shaped. log_probs, ref_log_probs, mask: [B, T]. values: [B, T] for gae; the others do not look at it.
-    kl_coef: weight of the KL penalty now. whitening: statistics over all ranks, of one process when not given; called
-        once for `args.whiten_rewards`, then once for `args.whitens_advantages`, on every rank alike.
+    kl_coef: weight of the KL penalty now. token_rewards: [B, T], of single tokens beside the score, such as those at
+        which steps end; 0 where the mask is 0.
+    whitening: statistics over all ranks, of one process when not given; called once for `args.whiten_rewards`, then
+        once for `args.whitens_advantages`, on every rank alike.
     Rows of a group, the `args.num_generations` responses to a prompt, follow each other.
 
-    With r_t = -kl_coef KL_t + [t last] score, R = sum_t r_t:
+    With r_t = -kl_coef KL_t + [t last] score + token_rewards_t, R = sum_t r_t:
     gae: Schulman et al. 2016 (arXiv:1506.02438) on r_t.
     reinforce++: sum over u >= t of gamma^(u - t) r_u, whitened over the batch (Hu et al. 2025, arXiv:2501.03262). With
         num_generations > 1 the scores first lose their group's mean, which is the paper's "REINFORCE++ w/ baseline";
@@ -77,9 +80,11 @@ def ppo_targets(
     if args.has_critic and values is None:
         raise ValueError("values: got None, wanted [B, T] for advantage_estimator='gae'")
     if args.advantage_estimator in ("rloo", "grpo"):
+        scores = scores if token_rewards is None else scores + token_rewards.sum(1)
         target = _group_advantages(scores, log_probs, ref_log_probs, mask, args, kl_coef)
     else:
-        target = _token_advantages(scores, log_probs, ref_log_probs, values, mask, args, kl_coef, whitening)
+        rewards = (scores, token_rewards)
+        target = _token_advantages(*rewards, log_probs, ref_log_probs, values, mask, args, kl_coef, whitening)
     stats = whitening(target.advantage_stats, target.advantages, mask) if args.whitens_advantages else None
     values, returns = (values, target.returns) if args.has_critic else (None, None)
     return Targets(log_probs, ref_log_probs, values, target.kl, target.advantages, returns, stats, mask, weights)
@@ -92,6 +97,7 @@ def response_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, estimato
 
 def _token_advantages(
     scores: Tensor,
+    token_rewards: Tensor | None,
     log_probs: Tensor,
     ref_log_probs: Tensor,
     values: Tensor | None,
@@ -107,9 +113,11 @@ def _token_advantages(
         if args.num_generations > 1:
             groups = in_groups(scores, args.num_generations)
             scores = (groups - groups.mean(dim=1, keepdim=True)).flatten().to(scores.dtype)
-    rewards = None
     if args.whiten_rewards:
-        rewards = _whitened_rewards(scores, log_probs, ref_log_probs, mask, args.kl_estimator, kl_coef, whitening)
+        rewards = (scores, token_rewards)
+        token_rewards = _whitened_rewards(
+            *rewards, log_probs, ref_log_probs, mask, args.kl_estimator, kl_coef, whitening
+        )
         scores, kl_coef = torch.zeros_like(scores), 0.0  # both are in the rewards
     return F.rollout_advantages(
         scores,
@@ -119,7 +127,7 @@ def _token_advantages(
         mask,
         kl_coef=kl_coef,
         kl_estimator=args.kl_estimator,
-        token_rewards=rewards,
+        token_rewards=token_rewards,
         gamma=args.gamma,
         lam=lam,
         mask_mode=args.gae_mask_mode,
@@ -128,6 +136,7 @@ def _token_advantages(
 
 def _whitened_rewards(
     scores: Tensor,
+    token_rewards: Tensor | None,
     log_probs: Tensor,
     ref_log_probs: Tensor,
     mask: Tensor,
@@ -144,6 +153,7 @@ def _whitened_rewards(
         mask,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
+        token_rewards=token_rewards,
         gamma=0.0,
         lam=0.0,
     )

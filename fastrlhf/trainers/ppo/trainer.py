@@ -27,7 +27,8 @@ from fastrlhf.loading import (
     tokenizer_with_pad,
     with_adapter,
 )
-from fastrlhf.rewards import RewardError, Rewards, ScoreShaper
+from fastrlhf.rewards import RewardError, RewardResult, Rewards, ScoreShaper
+from fastrlhf.rewards.functions import Steps
 from fastrlhf.rollout import NativeEngine, Rollout, RolloutEngine, SamplingParams, TransformersEngine, create_engine
 from fastrlhf.trainers.base import ScorerTrainer
 from fastrlhf.trainers.checkpoints import is_complete, last_checkpoint
@@ -50,6 +51,7 @@ from fastrlhf.trainers.ppo.phases import Phases
 from fastrlhf.trainers.ppo.reference import Reference
 from fastrlhf.trainers.ppo.rollout_weights import rollout_weights
 from fastrlhf.trainers.ppo.samples import show_completions, write_completions
+from fastrlhf.trainers.ppo.step_rewards import step_rewards
 from fastrlhf.trainers.ppo.targets import Targets, ppo_targets, response_kl
 from fastrlhf.trainers.reductions import any_rank, gather_varying, global_advantage_stats, mean_over_ranks
 from fastrlhf.trainers.sharding import whole_weights
@@ -144,11 +146,19 @@ class PPOTrainer(ScorerTrainer):
         )
         self.sampling = SamplingParams(args.response_length, args.temperature, batch_size=args.rollout_batch_size)
         self.rewards = Rewards(
-            reward_funcs, args.reward_weights, tokenizer, timeout=args.reward_timeout, retries=args.reward_retries
+            reward_funcs,
+            args.reward_weights,
+            tokenizer,
+            timeout=args.reward_timeout,
+            retries=args.reward_retries,
+            ensemble=None if args.reward_ensemble == "none" else args.reward_ensemble,
+            std_coef=args.reward_std_coef,
+            calibrated=args.calibrated_rewards,
         )
         if not args.offload_models:
             self.rewards.to(args.device)
-        self.shape_scores = ScoreShaper(args, gather=self._gather)
+        weights = dict(zip(self.rewards.names, self.rewards.weights, strict=True))
+        self.shape_scores = ScoreShaper(args, gather=self._gather, weights=weights)
         self.kl_controller = create_kl_controller(args)
         self.lower_states = LowerStates(policy, args.num_frozen_layers)
         self.reference = Reference(self.scorer, ref_model, args, self.lower_states)
@@ -163,12 +173,13 @@ class PPOTrainer(ScorerTrainer):
         with self.phases("rollout"):
             rollout = self.rollout(inputs, args.num_generations)
         with self.phases("reward"):
-            scores, each, error = self.scores(rows, rollout)
+            result, error = self.scores(rows, rollout)
         if any_rank(error is not None, self.accelerator):
             return self.skip("a reward function failed", rows, rollout, error=error)
+        each = result.each
         with self.phases("reference"):
-            experience = self.experience(model, rollout, scores, each)
-        self.check_kl(experience.targets)
+            experience = self.experience(model, rollout, result.total, each, result.steps)
+        self.check_kl(experience.targets, result.disagreement)
         self.report(rows, experience)
 
         losses: list[Tensor] = []
@@ -222,10 +233,8 @@ class PPOTrainer(ScorerTrainer):
         name = f"{self.args.seed}/{purpose}/{self.state.global_step}/{place}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
-    def scores(
-        self, rows: list[dict[str, Any]], rollout: Rollout
-    ) -> tuple[Tensor | None, dict[str, Tensor], RewardError | None]:
-        """Scores [B] and those of each reward function, or the error of one that failed."""
+    def scores(self, rows: list[dict[str, Any]], rollout: Rollout) -> tuple[RewardResult | None, RewardError | None]:
+        """What the reward functions say of each response, or the error of one that failed."""
         prompts = [row["prompt"] for row in rows]
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -234,20 +243,35 @@ class PPOTrainer(ScorerTrainer):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
         try:
             with on_device(self.rewards, self.args.device, self.args.offload_models):
-                scores, each = self.rewards(prompts, completions, columns)
+                result = self.rewards.score(prompts, completions, columns)
         except RewardError as error:
-            return None, {}, error
-        return scores.to(self.args.device), each, None
+            return None, error
+        result.total = result.total.to(self.args.device)
+        return result, None
 
-    def experience(self, model: nn.Module, rollout: Rollout, scores: Tensor, each: dict[str, Tensor]) -> Experience:
-        """What the updates of an iteration are made of: log-probs, values, shaped scores, advantages."""
+    def experience(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        scores: Tensor,
+        each: dict[str, Tensor],
+        steps: list[Steps] | None = None,
+    ) -> Experience:
+        """What the updates of an iteration are made of: log-probs, values, shaped scores, advantages.
+
+        scores: [B], of which the rewards of `steps`, if there are any, go to the tokens where these end.
+        """
         args = self.args
         batches = micro_batches(rollout, range(len(rollout)), args, self.accelerator)
         log_probs, values, weights = self.score_rollout(model, rollout, batches)
         ref_log_probs = self.reference.log_probs(rollout, batches, self.accelerator)
         finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], device=args.device)
+        token_rewards, outcomes = None, scores
+        if steps is not None:
+            token_rewards = step_rewards(rollout, steps, self.processing_class).to(args.device)
+            outcomes = scores - token_rewards.sum(1)
         targets = ppo_targets(
-            self.shape_scores(scores, finished, rollout.lengths.to(args.device)),
+            self.shape_scores(outcomes, finished, rollout.lengths.to(args.device), each),
             log_probs,
             ref_log_probs,
             values,
@@ -255,6 +279,7 @@ class PPOTrainer(ScorerTrainer):
             args,
             kl_coef=self.kl_controller.coef,
             weights=weights,
+            token_rewards=token_rewards,
             whitening=self._global_stats,
         )
         return Experience(rollout, scores, each, targets)
@@ -353,13 +378,18 @@ class PPOTrainer(ScorerTrainer):
         """KL of the policy that sampled to the present one over a mini-batch, in nats a token, on all ranks."""
         return mean_over_ranks(sum(part.share * part.policy.approx_kl for part in stats), self.accelerator).item()
 
-    def check_kl(self, targets: Targets) -> None:
-        """Tell the KL controller how far the policy is from the reference; end the training beyond `args.max_kl`."""
+    def check_kl(self, targets: Targets, disagreement: Tensor | None = None) -> None:
+        """Tell the KL controller how far the policy is from the reference; end the training beyond `args.max_kl`.
+
+        disagreement: [B], of the reward models, if there are ensembles.
+        """
         args = self.args
         if args.max_kl is None and args.kl_controller == "fixed":
             return
         kl = mean_over_ranks(targets.kl.mean(), self.accelerator).item()
-        self.kl_controller.update(kl, args.rollout_batch_size * args.world_size)
+        if disagreement is not None:
+            disagreement = mean_over_ranks(disagreement.to(args.device).mean(), self.accelerator).item()
+        self.kl_controller.update(kl, args.rollout_batch_size * args.world_size, disagreement)
         if args.max_kl is None or kl <= args.max_kl:
             return
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -452,7 +482,7 @@ class PPOTrainer(ScorerTrainer):
         share = -(-len(rows) // ranks)  # as many on every rank; some take a row that another has
         rows = [rows[(self.args.process_index + i * ranks) % len(rows)] for i in range(share)]
         rollout = self.rollout(rows, purpose="eval")
-        scores, each, error = self.scores(rows, rollout)
+        result, error = self.scores(rows, rollout)
         if any_rank(error is not None, self.accelerator):
             raise error or RewardError("reward_funcs: one failed on another rank")
         batches = micro_batches(rollout, range(len(rollout)), self.args, self.accelerator)
@@ -460,7 +490,8 @@ class PPOTrainer(ScorerTrainer):
         ref_log_probs = self.reference.log_probs(rollout, batches, self.accelerator)
         mask = rollout.trained.to(self.args.device)
         kl = response_kl(log_probs, ref_log_probs, mask, self.args.kl_estimator)
-        measured = rollout_metrics(rollout, scores, each, log_probs, kl, mask, self.kl_controller.coef)
+        policy = (log_probs, kl, mask)
+        measured = rollout_metrics(rollout, result.total, result.each, *policy, self.kl_controller.coef)
         means = mean_over_ranks(torch.stack([x.to(self.args.device) for x in measured.values()]), self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in zip(measured, means.tolist(), strict=True)}
         self.log(metrics)
