@@ -15,6 +15,8 @@ _WHERE = {
     "ProcessRewardConfig": "fastrlhf.trainers",
     "PPOTrainer": "fastrlhf.trainers",
     "PPOConfig": "fastrlhf.trainers",
+    "DPOTrainer": "fastrlhf.trainers",
+    "DPOConfig": "fastrlhf.trainers",
     "backend_table": "fastrlhf.backends",
 }
 _SUBMODULES = ("functional", "reference", "rewards", "rollout", "trainers")
