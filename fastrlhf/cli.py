@@ -14,6 +14,9 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   process-reward
             a process reward model from steps that are labelled right or wrong
   ppo       PPO of a language model against reward models and functions
+  dpo       DPO, IPO, hinge or SimPO of a language model on pairs of a chosen and a rejected text
+  best-of-n           the best of several responses to each prompt, and what best-of-n is worth at every n
+  rejection-sampling  fine-tuning on the best of a model's own responses
   pareto    runs with several objectives as one table: which of them are simply worse
   demo      the whole way on real human ratings, on a laptop
   env       versions, the machine, and which backend serves which op
@@ -72,6 +75,18 @@ def _train(command: str):
         train(command, argv)
 
     return run
+
+
+def best_of_n(argv: list[str]) -> None:
+    from fastrlhf.cli_best_of_n import best_of_n as run
+
+    run(argv)
+
+
+def rejection_sampling(argv: list[str]) -> None:
+    from fastrlhf.cli_best_of_n import rejection_sampling as run
+
+    run(argv)
 
 
 def pareto(argv: list[str]) -> None:
@@ -152,7 +167,9 @@ def _gpus() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-COMMANDS = {name: _train(name) for name in ("sft", "reward", "process-reward", "ppo")} | {
+COMMANDS = {name: _train(name) for name in ("sft", "reward", "process-reward", "ppo", "dpo")} | {
+    "best-of-n": best_of_n,
+    "rejection-sampling": rejection_sampling,
     "pareto": pareto,
     "demo": demo,
     "env": env,

@@ -1,4 +1,4 @@
-"""The arguments of `fastrlhf sft|reward|process-reward|ppo`, from flags and from a YAML file."""
+"""The arguments of the commands that load models and data, from flags and from a YAML file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import HfArgumentParser
 
 
 @dataclass
-class ModelArguments:
-    """The model to train."""
+class LoadArguments:
+    """The model to load."""
 
     model: str = field(metadata={"help": "Hub id or folder of the model to start from."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
@@ -25,19 +25,8 @@ class ModelArguments:
         default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2, ..."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the Python code that comes with the model."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA adapters."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Layers with adapters, or all-linear; peft's choice for the architecture when not given."},
-    )
 
     _argument_group_name = "model"
-
-    def __post_init__(self) -> None:
-        if self.lora_r < 0:
-            raise ValueError(f"lora_r={self.lora_r} must be 0 (all weights) or greater")
 
     def init_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` is called with."""
@@ -47,6 +36,23 @@ class ModelArguments:
         if self.trust_remote_code:
             kwargs["trust_remote_code"] = True
         return kwargs
+
+
+@dataclass
+class ModelArguments(LoadArguments):
+    """The model to train."""
+
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers with adapters, or all-linear; peft's choice for the architecture when not given."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r={self.lora_r} must be 0 (all weights) or greater")
 
     def peft_config(self, task_type: str) -> Any:
         """A peft.LoraConfig, or None with lora_r=0. task_type: CAUSAL_LM or SEQ_CLS."""
@@ -65,22 +71,34 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The data sets for training and evaluation."""
+class DatasetArguments:
+    """The data set."""
 
     dataset: str = field(metadata={"help": "Hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."})
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration, for data sets on the hub that have several."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on; train[:1000] takes a part."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to take; train[:1000] takes a part."})
+
+    _argument_group_name = "data"
+
+    def load_one(self) -> Any:
+        """The data set that `dataset` names."""
+        from fastrlhf.data import load_data
+
+        return load_data(self.dataset, self.dataset_split, self.dataset_config)
+
+
+@dataclass
+class DataArguments(DatasetArguments):
+    """The data sets for training and evaluation."""
+
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Data set to evaluate on; `dataset` when only eval_split is given."}
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; `test` when only eval_dataset is given."}
     )
-
-    _argument_group_name = "data"
 
     def __post_init__(self) -> None:
         same_file = self.eval_dataset in (None, self.dataset) and Path(self.dataset).expanduser().is_file()
@@ -98,7 +116,7 @@ class DataArguments:
         """The data sets for training and for evaluation (None without eval_dataset and eval_split)."""
         from fastrlhf.data import load_data
 
-        train = load_data(self.dataset, self.dataset_split, self.dataset_config)
+        train = self.load_one()
         if not self.evaluates:
             return train, None
         config = self.dataset_config if self.eval_dataset in (None, self.dataset) else None
@@ -106,8 +124,8 @@ class DataArguments:
 
 
 @dataclass
-class RewardArguments:
-    """Where PPO's reward comes from; reward_weights follow this order, models first."""
+class RewardSources:
+    """Where rewards come from; reward_weights follow this order, models first."""
 
     reward_models: list[str] | None = field(default=None, metadata={"help": "Hub ids or folders of reward models."})
     reward_functions: list[str] | None = field(
@@ -117,13 +135,6 @@ class RewardArguments:
             "or file.py:function."
         },
     )
-    ref_model: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or folder of the model that the KL is measured to; `model` when not given."},
-    )
-    value_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a value model; a head on the policy when not given."}
-    )
 
     _argument_group_name = "reward"
 
@@ -132,6 +143,30 @@ class RewardArguments:
             raise ValueError(
                 "no reward: give reward_models (hub ids or folders) or reward_functions (file.py:function)"
             )
+
+
+@dataclass
+class RewardArguments(RewardSources):
+    """Where PPO's reward comes from, and its other models."""
+
+    ref_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of the model that the KL is measured to; `model` when not given."},
+    )
+    value_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a value model; a head on the policy when not given."}
+    )
+
+
+@dataclass
+class ReferenceArguments:
+    """What DPO's reference is."""
+
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the reference model; `model` when not given."}
+    )
+
+    _argument_group_name = "reference"
 
 
 class Parser(HfArgumentParser):

@@ -1,4 +1,4 @@
-"""`fastrlhf sft|reward|process-reward|ppo`: arguments to trainer, training, and the final model on disk."""
+"""`fastrlhf sft|reward|process-reward|ppo|dpo`: arguments to trainer, training, and the final model on disk."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ from typing import Any
 from transformers import TrainingArguments
 
 from fastrlhf import trainers
-from fastrlhf.cli_arguments import DataArguments, ModelArguments, RewardArguments, parse
+from fastrlhf.cli_arguments import (
+    DataArguments,
+    ModelArguments,
+    ReferenceArguments,
+    RewardArguments,
+    RewardSources,
+    parse,
+)
 
 CONFIGS = {
     "sft": trainers.SFTConfig,
     "reward": trainers.RewardConfig,
     "process-reward": trainers.ProcessRewardConfig,
     "ppo": trainers.PPOConfig,
+    "dpo": trainers.DPOConfig,
 }
+EXTRA = {"ppo": (RewardArguments,), "dpo": (ReferenceArguments,)}
 
 
 def train(command: str, argv: list[str]) -> None:
-    """Trains by `command`, one of CONFIGS, and leaves model and tokenizer in output_dir."""
-    extra = (RewardArguments,) if command == "ppo" else ()
-    model, data, args, *reward = parse(command, argv, ModelArguments, DataArguments, CONFIGS[command], *extra)
-    functions = [load_function(name) for name in reward[0].reward_functions or []] if reward else []
+    """Trains by `command` (a key of CONFIGS) and leaves model and tokenizer in output_dir."""
+    types = (ModelArguments, DataArguments, CONFIGS[command], *EXTRA.get(command, ()))
+    model, data, args, *extra = parse(command, argv, *types)
+    functions = reward_functions(extra[0]) if command == "ppo" else []
     checkpoint = resume_from(args)
     train_dataset, eval_dataset = data.load()
     options: dict[str, Any] = {
@@ -44,12 +53,11 @@ def train(command: str, argv: list[str]) -> None:
         trainer = trainers.RewardTrainer(**options)
     elif command == "process-reward":
         trainer = trainers.ProcessRewardTrainer(**options)
+    elif command == "dpo":
+        trainer = trainers.DPOTrainer(ref_model=extra[0].ref_model, **options)
     else:
         trainer = trainers.PPOTrainer(
-            reward_funcs=[*(reward[0].reward_models or []), *functions],
-            ref_model=reward[0].ref_model,
-            value_model=reward[0].value_model,
-            **options,
+            reward_funcs=functions, ref_model=extra[0].ref_model, value_model=extra[0].value_model, **options
         )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -77,6 +85,12 @@ def resume_from(args: TrainingArguments) -> str | None:
     if last is not None:
         print(f"Continuing from {last}. To begin anew, take another --output_dir or --resume_from_checkpoint none.")
     return last
+
+
+def reward_functions(sources: RewardSources) -> list[Any]:
+    """Reward models by name, then the functions."""
+    functions = [load_function(name) for name in sources.reward_functions or []]
+    return [*(sources.reward_models or []), *functions]
 
 
 def load_function(name: str) -> Callable[..., list[float]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -119,6 +121,15 @@ def tokenizer_with_pad(
         logger.warning("The tokenizer's pad token is now %r.", tokenizer.pad_token)
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that hang on the configuration of a model and on every bit of its weights."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, x in model.state_dict().items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def with_adapter(model: nn.Module, peft_config: Any | None) -> nn.Module:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fastrlhf import functional as F
 from fastrlhf.rollout import SamplingParams, create_engine
 from fastrlhf.rollout.vllm_engine import checkpoint_weights
-from fastrlhf.trainers import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from fastrlhf.trainers import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from fastrlhf.trainers.reductions import (
     any_rank,
     gather_varying,
@@ -258,7 +258,47 @@ def ppos(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines, ppos)
+DPO_RUNS: dict[str, dict[str, Any]] = {"ddp": {}, "ddp, lora": {}, "fsdp": {"fsdp": True}}
+
+
+def dpo(models: Path, output: Path, resume: bool = False, **options: Any) -> DPOTrainer:
+    """A trainer that has trained."""
+    pairs = {
+        "prompt": TEXTS,
+        "chosen": [f" {text}" for text in TEXTS[1:] + TEXTS[:1]],
+        "rejected": [" so"] * len(TEXTS),
+    }
+    options = {"per_device_train_batch_size": 8 // ranks(), "per_device_eval_batch_size": 3, **options}
+    trainer = DPOTrainer(
+        str(models / "model"),
+        arguments(DPOConfig, output, **options),
+        Dataset.from_dict(pairs),
+        eval_dataset=Dataset.from_dict({name: cells[:5] for name, cells in pairs.items()}),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "lm_head"]) if "lora" in output.name else None,
+    )
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-3") if resume else None)
+    return trainer
+
+
+def dpos(rank: int, folder: Path) -> dict[str, Any]:
+    results = {}
+    for name, options in DPO_RUNS.items():
+        output = folder / f"dpo, {name}"
+        trainer = dpo(folder, output, **options)
+        files = sorted((output / "reference_log_probs").iterdir())
+        results[name] = {
+            "weights": weights(trainer.scorer.model),
+            "log": steps_of(trainer),
+            "eval": trainer.evaluate(),
+            "reference": list(trainer.train_dataset["ref_chosen_logps"]),
+            "blocks": sum(len(file.read_text().splitlines()) for file in files),
+            "resumed": weights(dpo(folder, output, resume=True, **options).scorer.model),
+        }
+        assert sum(len(file.read_text().splitlines()) for file in files) == results[name]["blocks"]
+    return results
+
+
+CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines, ppos, dpos)
 
 
 def main(rank: int, port: int, folder: Path) -> None:

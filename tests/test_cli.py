@@ -64,7 +64,7 @@ class StubTrainer:
 
 @pytest.fixture
 def stub(monkeypatch):
-    for name in ("SFTTrainer", "RewardTrainer", "PPOTrainer"):
+    for name in ("SFTTrainer", "RewardTrainer", "PPOTrainer", "DPOTrainer"):
         monkeypatch.setattr(trainers, name, StubTrainer)
     return StubTrainer
 
@@ -79,13 +79,24 @@ class TestTop:
         code = "import sys; from fastrlhf.cli import main; main(['--help']); assert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
         assert done.returncode == 0, done.stderr
-        for command in ("sft", "reward", "process-reward", "ppo", "pareto", "demo", "env"):
+        commands = (
+            "sft",
+            "reward",
+            "process-reward",
+            "ppo",
+            "dpo",
+            "best-of-n",
+            "rejection-sampling",
+            "pareto",
+            "demo",
+        )
+        for command in (*commands, "env"):
             assert re.search(rf"\n  {command}\s", done.stdout)
 
     def test_module_can_be_run(self):
         done = subprocess.run([sys.executable, "-m", "fastrlhf", "dance"], capture_output=True, text=True, cwd=REPO)
         assert done.returncode == 2
-        assert "no command 'dance', wanted one of sft, reward, process-reward, ppo, pareto, demo, env" in done.stderr
+        assert "no command 'dance', wanted one of sft, reward, process-reward, ppo, dpo, " in done.stderr
 
     def test_flags_are_explained(self, capsys):
         with pytest.raises(SystemExit) as exit_:
@@ -166,6 +177,13 @@ class TestArguments:
         assert args.lr_scheduler_kwargs == {"power": 2}
         assert options["reward_funcs"] == ["m3", "m4"]
         assert (options["ref_model"], options["value_model"], options["peft_config"]) == (None, None, None)
+
+    def test_dpo(self, stub, data):
+        flags = ["--model", "a/b", "--dataset", data, "--ref_model", "c/d", "--loss_type", "ipo", "--report_to", "none"]
+        assert main(["dpo", *flags, "--pair_ties", "drop", "--lora_r", "2"]) == 0
+        options = stub.last.options
+        assert (options["ref_model"], options["args"].loss_type, options["args"].pair_ties) == ("c/d", "ipo", "drop")
+        assert options["peft_config"].task_type == "CAUSAL_LM"
 
     def test_evaluation(self, stub, data):
         flags = ["reward", "--model", "m", "--dataset", data, "--report_to", "none"]
@@ -296,6 +314,19 @@ class TestEndToEnd:
         AutoTokenizer.from_pretrained("out-ppo")
         logged = [json.loads(line) for line in Path("out-ppo/metrics.jsonl").read_text().splitlines()]
         assert logged[0]["rollout/logprob_gap_max"] <= 2e-5
+
+    def test_dpo_then_resume(self, tmp_path, capsys):
+        from transformers import AutoModelForCausalLM
+
+        model = save_tiny_model(tmp_path / "model")
+        pairs = ({"prompt": "the film was", "chosen": " good" * (i + 1), "rejected": " bad"} for i in range(8))
+        flags = ("--model", model, "--dataset", write_rows(tmp_path / "pairs.jsonl", *pairs), "--save_steps", "2")
+        flags += ("--dataset_split", "train[:6]", "--eval_split", "train[6:]")
+        assert self.run("dpo", *flags) == 0
+        AutoModelForCausalLM.from_pretrained("out-dpo")
+        assert "eval_rewards/accuracies" in json.loads(Path("out-dpo/eval_results.json").read_text())
+        assert self.run("dpo", *flags, "--max_steps", "3") == 0
+        assert "Continuing from out-dpo/checkpoint-2" in capsys.readouterr().out
 
     def test_lora(self, tmp_path):
         model = save_tiny_model(tmp_path / "model")

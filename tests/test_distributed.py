@@ -6,7 +6,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from distributed_worker import PPO_RUNS, RANKS, SAMPLING, SFT_RUNS, main, ppo, rollouts, sft, steps_of, weights
+from distributed_worker import (
+    DPO_RUNS,
+    PPO_RUNS,
+    RANKS,
+    SAMPLING,
+    SFT_RUNS,
+    dpo,
+    main,
+    ppo,
+    rollouts,
+    sft,
+    steps_of,
+    weights,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import save_tiny_model, tiny_config, tiny_tokenizer
@@ -216,3 +229,21 @@ def test_ppo_is_that_of_one_process_with_twice_the_batch(ranks, ppo_alone, name)
 def test_resumed_ppo_ends_where_the_uninterrupted_one_did(ranks, name):
     for results in ranks:
         equal(results["ppos"][name]["resumed"], results["ppos"][name]["weights"])
+
+
+@pytest.mark.parametrize("name", DPO_RUNS)
+def test_dpo_is_that_of_one_process_with_twice_the_batch(folder, ranks, name):
+    """Reference log-probs, each block of pairs computed by one of the ranks; losses, metrics and weights."""
+    one = dpo(folder, folder / "alone" / f"dpo, {name}")
+    metrics = one.evaluate()
+    for results in ranks:
+        mine = results["dpos"][name]
+        assert mine["reference"] == list(one.train_dataset["ref_chosen_logps"])
+        assert mine["blocks"] == 6 + 2  # of 3 pairs, for training and for evaluation
+        for ours, theirs in zip(mine["log"], steps_of(one), strict=True):
+            for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
+        for key in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+            assert mine["eval"][key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
+        close(mine["weights"], weights(one.scorer.model), **CLOSE)
+        equal(mine["resumed"], mine["weights"])

@@ -1,8 +1,10 @@
 """What turns prompts into sampled responses."""
 
 from fastrlhf.rollout.architectures import NotDrivenError
+from fastrlhf.rollout.best_of_n import best_of_n_kl, best_of_n_scores, best_of_n_summary
 from fastrlhf.rollout.engines import ENGINES, create_engine
 from fastrlhf.rollout.native_engine import NativeEngine
+from fastrlhf.rollout.scored_samples import ScoredSamples, sample_and_score, winners
 from fastrlhf.rollout.transformers_engine import TransformersEngine
 from fastrlhf.rollout.types import Rollout, RolloutEngine, RolloutInterrupted, SamplingParams
 from fastrlhf.rollout.vllm_engine import VLLMEngine
@@ -15,7 +17,13 @@ __all__ = [
     "RolloutEngine",
     "RolloutInterrupted",
     "SamplingParams",
+    "ScoredSamples",
     "TransformersEngine",
     "VLLMEngine",
+    "best_of_n_kl",
+    "best_of_n_scores",
+    "best_of_n_summary",
     "create_engine",
+    "sample_and_score",
+    "winners",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +82,7 @@ class DPOTrainer(ScorerTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            compute_metrics=pair_metrics,
+            compute_metrics=partial(pair_metrics, args=args),
             callbacks=callbacks,
         )
         # The loss is the mean over a batch's pairs, so the Trainer divides it by the accumulation steps.
@@ -135,9 +136,10 @@ class DPOTrainer(ScorerTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, pairs = self.compute_loss(model, inputs, return_outputs=True)
+            _, pairs = self.compute_loss(model, inputs, return_outputs=True)
         each = torch.stack([*pairs.rewards.chunk(2), *pairs.log_probs.chunk(2)], dim=1)
-        return loss, each, torch.zeros_like(each[:, 0])
+        # The loss is pair_metrics' to say: of the last batch, the Trainer would count pairs twice that two ranks have.
+        return None, each, torch.zeros_like(each[:, 0])
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         wanted = {"chosen_ids", *(COLUMNS if self.args.has_reference else ())}
@@ -181,25 +183,29 @@ class Pairs(NamedTuple):
 
 
 def pair_loss(scored: ScoredTokens, batch: ScoredBatch, ref: Tensor, args: DPOConfig) -> Pairs:
-    """The loss of a batch's responses, chosen ones first, beside the reference's log-probs of them, [2 B].
-
-    simpo: -log sigmoid(beta (mean log-prob of the chosen tokens - of the rejected ones) - gamma), Meng et al. 2024
-    (arXiv:2405.14734), equation 6: a Bradley-Terry loss with a margin, of rewards that are mean log-probs.
-    """
-    log_probs, entropy = scored.log_probs_and_entropy()
-    log_probs, entropy = sums(batch, log_probs), entropy.detach().mean()
-    policy = log_probs
+    """Of a batch's responses, the chosen ones first, beside the reference's log-probs of them, [2 B]."""
+    each, entropy = scored.log_probs_and_entropy()
+    log_probs = policy = sums(batch, each)
     if args.normalizes_length:
         lengths = batch.mask.sum(1)
-        policy, ref = log_probs / lengths, ref / lengths
+        policy, ref = policy / lengths, ref / lengths
+    loss, stats = preference_loss(policy, ref, args)
+    rewards = args.beta * (policy.detach() - ref)
+    return Pairs(loss, stats, log_probs.detach(), rewards, entropy.detach().mean())
+
+
+def preference_loss(policy: Tensor, ref: Tensor, args: DPOConfig) -> tuple[Tensor, F.DPOStats]:
+    """The loss `args.loss_type` of log-probs [2 B], chosen ones first, which are means where it normalises by length.
+
+    simpo: -log sigmoid(beta (chosen - rejected) - gamma), Meng et al. 2024 (arXiv:2405.14734), equation 6, which is a
+    Bradley-Terry loss with a margin, of rewards that are mean log-probs.
+    """
     if args.loss_type == SIMPO:
         chosen, rejected = (args.beta * policy).chunk(2)
         loss, stats = F.pairwise_reward_loss(chosen, rejected, margin=torch.full_like(chosen, args.simpo_gamma))
-        stats = F.DPOStats(*stats)
-    else:
-        options = {"beta": args.beta, "variant": args.loss_type, "label_smoothing": args.label_smoothing}
-        loss, stats = F.dpo_loss(*policy.chunk(2), *ref.chunk(2), **options)
-    return Pairs(loss, stats, log_probs.detach(), args.beta * (policy.detach() - ref), entropy)
+        return loss, F.DPOStats(*stats)
+    options = {"beta": args.beta, "variant": args.loss_type, "label_smoothing": args.label_smoothing}
+    return F.dpo_loss(*policy.chunk(2), *ref.chunk(2), **options)
 
 
 class PairCollator:
@@ -214,19 +220,22 @@ class PairCollator:
         return {**ref, "batch": pair_batch(rows, self.args.padding_free)}
 
 
-def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over the pairs of [n, 4]: rewards of the chosen and rejected responses, and log-probs. A tie is half."""
-    chosen, rejected, *log_probs = torch.as_tensor(prediction.predictions).double().unbind(1)
-    margins = chosen - rejected
+def pair_metrics(prediction: EvalPrediction, args: DPOConfig) -> dict[str, float]:
+    """Means over n pairs, whatever batches they were in. predictions: [n, 4], the rewards of their chosen and rejected
+    responses and the log-probs of these."""
+    chosen, rejected, *log_probs = torch.as_tensor(prediction.predictions).unbind(1)
+    policy = torch.cat([chosen, rejected]) / args.beta
+    loss, stats = preference_loss(policy, torch.zeros_like(policy), args)
     each = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (margins > 0).double() + 0.5 * (margins == 0).double(),
-        "rewards/margins": margins,
-        "logps/chosen": log_probs[0],
-        "logps/rejected": log_probs[1],
+        "loss": loss,
+        "rewards/chosen": stats.chosen_reward,
+        "rewards/rejected": stats.rejected_reward,
+        "rewards/accuracies": stats.accuracy,
+        "rewards/margins": stats.margin,
+        "logps/chosen": log_probs[0].mean(),
+        "logps/rejected": log_probs[1].mean(),
     }
-    return {name: x.mean().item() for name, x in each.items()}
+    return {name: x.item() for name, x in each.items()}
 
 
 def _checked(pairs: Dataset, limit: int | None) -> Dataset:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fastrlhf.batching import ScoredBatch, pack_responses, score_responses
 from fastrlhf.data.pairs import SIDES
-from fastrlhf.loading import disable_dropout
+from fastrlhf.loading import disable_dropout, weights_digest
 from fastrlhf.trainers.dpo_config import DPOConfig
 from fastrlhf.trainers.offload import on_device
 from fastrlhf.trainers.reductions import gather_varying
@@ -74,13 +74,9 @@ class ReferenceLogProbs:
 
     @property
     def key(self) -> str:
-        """A digest of weights and configuration."""
+        """Of the reference, by its weights and configuration."""
         if self._key is None:
-            digest = hashlib.sha256(self.scorer.config.to_json_string().encode())
-            for name, x in self.scorer.model.state_dict().items():
-                digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._key = digest.hexdigest()[:16]
+            self._key = weights_digest(self.scorer.model)
         return self._key
 
     def added_to(self, pairs: Dataset) -> Dataset:
