@@ -20,7 +20,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 demo: .venv/.demo
 	$(BIN)/fastrlhf demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
-test: .venv/.test
+test: .venv/.test .venv/.peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.test
@@ -56,6 +56,15 @@ clean:
 	@echo "Installing fastrlhf with its tests"
 	$(BIN)/$(PIP) --no-build-isolation -e ".[test,demo]"
 	@touch .venv/.demo $@
+
+# The frameworks whose functions fastrlhf.compat replaces, beside the environment: they contradict it and each other, so
+# only the tests that compare with them see them. Without a network those tests are skipped.
+.venv/.peers: .venv/.torch tests/peers.txt bench/peers.txt
+	@echo "Installing the frameworks that fastrlhf.compat is compared with"
+	@$(BIN)/$(PIP) -q --no-deps --upgrade -r tests/peers.txt --target .venv/peers \
+	    && for version in 1.12.0 1.13.0 1.14.2 1.15.0; do \
+	        $(BIN)/$(PIP) -q --no-deps --upgrade trl==$$version --target .venv/peers-trl/$$version || exit 1; \
+	    done && touch $@ || echo "They cannot be installed; their tests are skipped"
 
 # bench/peers.txt says why those come without their requirements. The constraint keeps torch as it is. TRL's PPO and its
 # Triton kernel are not in one release: the later one lies beside the other as trl_latest.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 SOURCES = [
     "csrc/ops.cpp",
@@ -138,10 +139,19 @@ class BuildKernels(build_ext):
         os.replace(f"{target}.new", target)
 
 
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        # Python reads .pth files in the folder of the packages itself; an editable installation is put together there.
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.copy_file("fastrlhf/compat/fastrlhf.pth", folder)
+
+
 setup(
     ext_modules=[
         Extension("fastrlhf._C", SOURCES + HOT_SOURCES, depends=HEADERS, language="c++", py_limited_api=True),
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -18,8 +18,10 @@ _WHERE = {
     "DPOTrainer": "fastrlhf.trainers",
     "DPOConfig": "fastrlhf.trainers",
     "backend_table": "fastrlhf.backends",
+    "patch": "fastrlhf.compat",
+    "patch_report": "fastrlhf.compat",
 }
-_SUBMODULES = ("functional", "reference", "rewards", "rollout", "trainers")
+_SUBMODULES = ("compat", "functional", "reference", "rewards", "rollout", "trainers")
 
 __all__ = ["__version__", *_WHERE, *_SUBMODULES]
 

@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from compat_peers import on_path
 
 # Minutes each: they begin first, so that no worker is left with one of them at the end.
 LONG = [f"test_{name}.py" for name in ("build", "triton_lm_head", "vocab_parallel", "gpu_audit", "triton_sampling")]
@@ -22,3 +23,10 @@ def pytest_collection_modifyitems(items):
 def seed():
     """The same random numbers at every run; FASTRLHF_TEST_SEED takes others, to see whether a test hangs on them."""
     torch.manual_seed(int(os.environ.get("FASTRLHF_TEST_SEED", "0")))
+
+
+@pytest.fixture(scope="module")
+def peers():
+    """The frameworks that fastrlhf.compat is compared with can be imported while the tests of one file run."""
+    with on_path():
+        yield
