@@ -111,8 +111,8 @@ def patch(framework: str, *, exact_dtype: bool = False) -> Patch:
         found = _active[framework]
         if found.exact_dtype != bool(exact_dtype):
             raise ValueError(
-                f"exact_dtype: got {exact_dtype}, wanted {found.exact_dtype}, with which {framework} is patched already; "
-                "restore() that first"
+                f"exact_dtype: got {exact_dtype}, wanted {found.exact_dtype}, with which {framework} is patched "
+                "already; restore() that first"
             )
         found._users += 1
         return found
@@ -132,17 +132,19 @@ def patch_report() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Patched by fastrlhf", caption=None if _active else "nothing")
-    for column in ("framework", "function", "bound in", "more accurate"):
-        table.add_column(column, overflow="fold")
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for found in _active.values():
+        dtypes = ", results in its dtypes (exact_dtype)" if found.exact_dtype else ""
+        prefix = f"{FRAMEWORKS[found.framework]}."
+        table = Table(title=f"{found.framework} {found.version}{dtypes}", title_justify="left")
+        for column in ("replaced", "bound in", "more accurate"):
+            table.add_column(column, overflow="fold")
         for place, places in found.bound.items():
-            accuracy = found.more_accurate.get(place, "")
-            if accuracy and found.exact_dtype:
-                accuracy += "; results rounded to its dtype (exact_dtype)"
-            table.add_row(f"{found.framework} {found.version}", place, "\n".join(places), accuracy)
-        table.add_section()
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+            short = (where.removeprefix(prefix) for where in places)
+            table.add_row(place.removeprefix(prefix), "\n".join(short), found.more_accurate.get(place, ""))
+        console.print(table)
+    if not _active:
+        console.print("fastrlhf has patched nothing.")
 
 
 def _bind(framework: str, exact_dtype: bool) -> None:

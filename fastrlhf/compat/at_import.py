@@ -1,6 +1,6 @@
 """FASTRLHF_PATCH=trl,verl in the environment: every Python process patches these frameworks when it imports them.
 
-The installation has a file fastrlhf.pth, which Python reads at its start; where the variable is set, it calls `install`.
+The installation has a file fastrlhf.pth, which Python reads at its start; with the variable set, it calls `install`.
 """
 
 from __future__ import annotations

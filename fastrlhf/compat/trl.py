@@ -32,7 +32,7 @@ def selective_log_softmax(
 ) -> Tensor:
     """Log-probability of each index under softmax(logits / temperature).
 
-    logits: [..., V]. index: [...], or [..., K] for K of each row. row_mask: [...], rows under a 0 are not read; result 0.
+    logits: [..., V]. index: [...], or [..., K] for K of each row. row_mask: [...], a row under a 0 is not read: 0.
     Returns the shape of index, fp32; with exact_dtype in the dtype of the logits.
     """
     _check(temperature)
@@ -138,7 +138,7 @@ class _ChunkedLogProbFunction:
         1.12 has no bias, and no gradient of the entropy.
         """
         has_bias = rest[0] is None or rest[0].is_floating_point()
-        bias, targets, temperature, chunk_size, *optional = rest if has_bias else (None, *rest)
+        bias, targets, temperature, _, *optional = rest if has_bias else (None, *rest)
         softcap, scale, *_ = (*optional, *(None, 1.0)[len(optional) :])
         if _theirs(hidden, weight, scale):
             return original(f"{UTILS}._ChunkedLogProbFunction").apply(hidden, weight, *rest)
