@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import functional as F
+from fastrlhf.compat._heads import in_one_dtype, mean_logit
 from fastrlhf.compat._patch import original
 from fastrlhf.functional._checks import FLOATS
 
@@ -152,10 +153,8 @@ def _theirs(hidden: Tensor, weight: Tensor, scale: float) -> bool:
 
 def _head(hidden, weight, bias, temperature, softcap, scale) -> tuple:
     """(hidden, weight, bias) in one dtype, temperature, softcap. A scale of the logits is a part of the last two."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    tensors = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
-    return *tensors, temperature / scale, None if softcap is None else softcap / scale
+    scaled_softcap = None if softcap is None else softcap / scale
+    return *in_one_dtype(hidden, weight, bias), temperature / scale, scaled_softcap
 
 
 def _log_probs(hidden, weight, bias, temperature, softcap, targets, with_entropy) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +169,7 @@ def _more(hidden, weight, bias, temperature, softcap, targets, outputs) -> dict[
     """Of log_sum_sq_probs, mean_logits and is_top1 those that `outputs` names."""
     wanted = [name for name in OPTIONAL_OUTPUTS[1:] if name in outputs]
     if wanted == ["mean_logits"] and softcap is None:
-        return {"mean_logits": _mean_logits(hidden, weight, bias) / temperature}
+        return {"mean_logits": mean_logit(hidden, weight, bias) / temperature}
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     rows = max(128, ROWS_BYTES // (4 * weight.shape[0]))
     for x, y in zip(hidden.split(rows), targets.split(rows), strict=True) if wanted else ():
@@ -185,12 +184,6 @@ def _more(hidden, weight, bias, temperature, softcap, targets, outputs) -> dict[
             logits /= temperature
             parts["log_sum_sq_probs"].append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
     return {name: torch.cat(found) for name, found in parts.items()}
-
-
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The mean over the vocabulary is linear, too."""
-    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-    return mean if bias is None else mean + bias.mean(dtype=torch.float32)
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
