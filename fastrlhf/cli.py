@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata, util
+
+Command = Callable[[list[str]], None]
 
 USAGE = """\
 usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
 
-  sft       supervised fine-tuning of a language model
-  reward    a reward model from pairs of a chosen and a rejected text
-  process-reward
-            a process reward model from steps that are labelled right or wrong
-  ppo       PPO of a language model against reward models and functions
-  dpo       DPO, IPO, hinge or SimPO of a language model on pairs of a chosen and a rejected text
+  sft                 supervised fine-tuning of a language model
+  reward              a reward model from pairs of a chosen and a rejected text
+  process-reward      a process reward model from steps that are labelled right or wrong
+  ppo                 PPO of a language model against reward models and functions
+  dpo                 DPO, IPO, hinge or SimPO of a language model on pairs of a chosen and a rejected text
   best-of-n           the best of several responses to each prompt, and what best-of-n is worth at every n
   rejection-sampling  fine-tuning on the best of a model's own responses
-  pareto    runs with several objectives as one table: which of them are simply worse
-  demo      the whole way on real human ratings, on a laptop
-  env       versions, the machine, and which backend serves which op
-  bench     bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding; bench ppo:
-            whole iterations of PPO beside TRL's; bench ppo_learning: what both learn
+  judge               preferences from a judge: which of two answers a language model finds better
+  constitutional      preferences from a language model that criticises and revises its answers by principles
+  pareto              runs with several objectives as one table: which of them are simply worse
+  demo                the whole way on real human ratings, on a laptop
+  env                 versions, the machine, and which backend serves which op
+  bench               bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding;
+                      bench ppo: whole iterations of PPO beside TRL's; bench ppo_learning: what both learn
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _train(command: str):
+def _train(command: str) -> Command:
     def run(argv: list[str]) -> None:
         from fastrlhf.cli_train import train
 
@@ -77,28 +82,11 @@ def _train(command: str):
     return run
 
 
-def best_of_n(argv: list[str]) -> None:
-    from fastrlhf.cli_best_of_n import best_of_n as run
+def _elsewhere(module: str, function: str) -> Command:
+    def run(argv: list[str]) -> None:
+        getattr(importlib.import_module(module), function)(argv)
 
-    run(argv)
-
-
-def rejection_sampling(argv: list[str]) -> None:
-    from fastrlhf.cli_best_of_n import rejection_sampling as run
-
-    run(argv)
-
-
-def pareto(argv: list[str]) -> None:
-    from fastrlhf.cli_pareto import main as run
-
-    run(argv)
-
-
-def demo(argv: list[str]) -> None:
-    from fastrlhf.demo import run_from_command_line
-
-    run_from_command_line(argv)
+    return run
 
 
 def env(argv: list[str]) -> None:
@@ -168,10 +156,12 @@ def _gpus() -> str:
 
 
 COMMANDS = {name: _train(name) for name in ("sft", "reward", "process-reward", "ppo", "dpo")} | {
-    "best-of-n": best_of_n,
-    "rejection-sampling": rejection_sampling,
-    "pareto": pareto,
-    "demo": demo,
+    "best-of-n": _elsewhere("fastrlhf.cli_best_of_n", "best_of_n"),
+    "rejection-sampling": _elsewhere("fastrlhf.cli_best_of_n", "rejection_sampling"),
+    "judge": _elsewhere("fastrlhf.feedback.judge_run", "main"),
+    "constitutional": _elsewhere("fastrlhf.feedback.constitutional_run", "main"),
+    "pareto": _elsewhere("fastrlhf.cli_pareto", "main"),
+    "demo": _elsewhere("fastrlhf.demo", "run_from_command_line"),
     "env": env,
     "bench": bench,
 }

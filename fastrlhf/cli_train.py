@@ -93,15 +93,15 @@ def reward_functions(sources: RewardSources) -> list[Any]:
     return [*(sources.reward_models or []), *functions]
 
 
-def load_function(name: str) -> Callable[..., list[float]]:
+def load_function(name: str, argument: str = "reward_functions") -> Callable[..., Any]:
     """The function that "package.module:function" or "file.py:function" names. The working directory is importable."""
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
-        raise ValueError(f"reward_functions: {name!r} given, wanted package.module:function or file.py:function")
+        raise ValueError(f"{argument}: {name!r} given, wanted package.module:function or file.py:function")
     if source.endswith(".py"):
         path = Path(source).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"reward_functions: no such file {source!r} (looked for {path.absolute()})")
+            raise FileNotFoundError(f"{argument}: no such file {source!r} (looked for {path.absolute()})")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -111,11 +111,9 @@ def load_function(name: str) -> Callable[..., list[float]]:
         try:
             module = importlib.import_module(source)
         except ImportError as error:
-            raise ImportError(f"reward_functions: cannot import {source!r} for {name!r}: {error}") from error
+            raise ImportError(f"{argument}: cannot import {source!r} for {name!r}: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(
-            f"reward_functions: {source!r} has no function {attribute!r}; it has {', '.join(there) or 'none'}"
-        )
+        raise ValueError(f"{argument}: {source!r} has no function {attribute!r}; it has {', '.join(there) or 'none'}")
     return function
