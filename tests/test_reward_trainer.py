@@ -220,6 +220,16 @@ class TestEnsemble:
         each = -torch.nn.functional.logsigmoid(scores[0] - scores[1])
         torch.testing.assert_close(loss, (each * batch["draws"]).mean(), rtol=1e-5, atol=1e-6)
 
+    def test_a_batch_that_no_head_drew(self, tmp_path):
+        """It has no loss and no gradient, and is no error: other ranks may have drawn some."""
+        ours = trainer(tmp_path, num_heads=2)
+        batch = ours.data_collator(list(ours.train_dataset))
+        batch["draws"].zero_()
+        loss = ours.compute_loss(ours.model, batch)
+        loss.backward()
+        assert loss == 0
+        assert not ours.model.score.weight.grad.any()
+
     def test_evaluation_is_of_the_mean(self, tmp_path):
         ours = trainer(tmp_path, num_heads=3, eval_rows=PAIRS)
         metrics = ours.evaluate()
@@ -299,6 +309,21 @@ class TestTurns:
         (e,), (f,) = (turn_scores(rows[1], side) for side in ("chosen", "rejected"))
         wanted = -torch.nn.functional.logsigmoid(torch.stack([b - d, e - f])).mean()
         torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-6)
+
+    def test_with_adapters(self, tmp_path):
+        from peft import LoraConfig
+
+        args = RewardConfig(str(tmp_path / "out"), report_to="none", score_turns="all", max_steps=1, disable_tqdm=True)
+        model = save_tiny_model(tmp_path / "model", reward=True)
+        lora = LoraConfig(task_type="SEQ_CLS", r=2)
+        ours = RewardTrainer(model, args, Dataset.from_dict(self.ROWS), peft_config=lora)
+        head = next(p for name, p in ours.model.named_parameters() if "score" in name and p.requires_grad)
+        before = head.detach().clone()
+        ours.train()
+        assert not torch.equal(head, before)
+        ours.save_model()
+        assert RewardSettings.load(str(tmp_path / "out")).turns == "all"
+        RewardModel(str(tmp_path / "out"))(["\n\nHuman: a\n\nAssistant:"], [" b"])
 
     def test_the_last_turn_alone(self, tmp_path):
         batch = trainer(tmp_path, self.ROWS).data_collator([{"chosen_ids": [5, 1], "rejected_ids": [6, 1]}])

@@ -141,8 +141,8 @@ class RewardConfig(PairArguments, TrainingArguments):
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy = "epoch"
         self.save_strategy = self.eval_strategy
-        if self.eval_steps is not None:
-            self.save_steps = self.eval_steps
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps":
+            self.save_steps = self.logging_steps if self.eval_steps is None else self.eval_steps
 
     @property
     def num_labels(self) -> int:

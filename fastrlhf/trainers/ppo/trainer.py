@@ -268,6 +268,8 @@ class PPOTrainer(ScorerTrainer):
         finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], device=args.device)
         token_rewards, outcomes = None, scores
         if steps is not None:
+            if args.normalize_each_reward:
+                raise ValueError("normalize_each_reward=True: rewards of steps are not normalised, set it to False")
             token_rewards = step_rewards(rollout, steps, self.processing_class).to(args.device)
             outcomes = scores - token_rewards.sum(1)
         targets = ppo_targets(
