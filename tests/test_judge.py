@@ -104,7 +104,8 @@ class TestLMJudge:
                 turns = [{"role": "user", "content": text}]
                 text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             else:
-                text += LEAD
+                text += "\n\n"
+            text += LEAD
             with torch.no_grad():
                 p = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].double().softmax(0)
             masses = [

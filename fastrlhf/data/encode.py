@@ -65,11 +65,14 @@ class Encoder:
                 ids = ids[:end]
         return ids if ids and ids[-1] == self.eos else [*ids, self.eos]
 
-    def prompts(self, prompts: list[Text], rows: list[int]) -> list[list[int]]:
-        """Tokens of prompts that wait for a response: no EOS, and for conversations the assistant's header."""
+    def prompts(self, prompts: list[Text], rows: list[int], lead: str = "") -> list[list[int]]:
+        """Tokens of prompts that wait for a response: no EOS, and for conversations the assistant's header.
+
+        lead: the beginning of all responses, where they are given one.
+        """
         chats = [not isinstance(prompt, str) for prompt in prompts]
         texts = [
-            self._apply(prompt, row, add_generation_prompt=True) if chat else prompt
+            (self._apply(prompt, row, add_generation_prompt=True) if chat else prompt) + lead
             for prompt, chat, row in zip(prompts, chats, rows, strict=True)
         ]
         return [self._opened(ids, chat) for ids, chat in zip(self._ids(texts), chats, strict=True)]

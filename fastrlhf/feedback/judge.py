@@ -31,8 +31,9 @@ Compare two answers to the same request.
 {b}
 
 {question} Say A or B, and nothing else."""
-# What a plain language model goes on from; a chat model answers in a turn of its own.
-LEAD = "\n\nThe better answer is"
+# How the judge's answer begins. Small chat models would begin with other words: SmolLM2-135M gives A and B together a
+# probability of 0.07 without it, of 0.26 with it, over pairs of film reviews.
+LEAD = "The better answer is"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class LMJudge:
     """`f(prompts, firsts, seconds, questions) -> list[Opinion]` by the next token after a question of A or B.
 
     model: a causal language model, or its hub id or folder. processing_class: its tokenizer; the one beside the model
-        when None. With a chat template the question is a user's turn, else plain text that ends with a lead.
+        when None. With a chat template the question is a user's turn and LEAD the beginning of the answer, else both
+        are plain text.
     min_mass: an opinion whose A and B have less probability than this together is none.
     batch_size: most texts in one forward. options: for `from_pretrained`, when model is a string.
     A and B count with and without a space before them. Only the last position goes through the LM head. Raises
@@ -90,7 +92,7 @@ class LMJudge:
         self, prompts: Sequence[Text], firsts: Sequence[str], seconds: Sequence[str], questions: Sequence[str]
     ) -> list[Opinion]:
         asked = [self._question(*each) for each in zip(prompts, firsts, seconds, questions, strict=True)]
-        sequences = self.encoder.prompts(asked, list(range(len(asked))))
+        sequences = self.encoder.prompts(asked, list(range(len(asked))), LEAD)
         opinions = [Opinion(None)] * len(sequences)
         fit = [i for i, ids in enumerate(sequences) if len(ids) <= self.max_length]
         order = sorted(fit, key=lambda i: len(sequences[i]))
@@ -107,9 +109,7 @@ class LMJudge:
 
     def _question(self, prompt: Text, first: str, second: str, question: str) -> Text:
         text = TEMPLATE.format(prompt=as_text(prompt), a=first.strip(), b=second.strip(), question=question)
-        if self.tokenizer.chat_template:
-            return [{"role": "user", "content": text}]
-        return text + LEAD
+        return [{"role": "user", "content": text}] if self.tokenizer.chat_template else f"{text}\n\n"
 
     @torch.no_grad()
     def _masses(self, sequences: list[list[int]]) -> Tensor:
