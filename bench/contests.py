@@ -17,19 +17,19 @@ OURS = "ours"
 
 def forward(op: str, inputs: Inputs, calls: int = 1) -> dict[str, Contender | str]:
     """Every peer's `op` without autograd."""
+    return _everyone(op, lambda run, work: timed_forward(run, work, inputs, calls))
 
-    def contest(run: Run, work: Callable) -> Contender:
-        converted = run.convert(*inputs)
 
-        def timed(arguments):
-            with torch.no_grad():
-                for _ in range(calls - 1):
-                    work(*arguments)
-                return work(*arguments)
+def timed_forward(run: Run, work: Callable, inputs: Inputs, calls: int = 1) -> Contender:
+    converted = run.convert(*inputs)
 
-        return Contender(timed, lambda: converted, run.note)
+    def timed(arguments):
+        with torch.no_grad():
+            for _ in range(calls - 1):
+                work(*arguments)
+            return work(*arguments)
 
-    return _everyone(op, contest)
+    return Contender(timed, lambda: converted, run.note)
 
 
 def forward_backward(
@@ -39,22 +39,24 @@ def forward_backward(
 
     leaves: which inputs get a gradient.
     """
+    return _everyone(op, lambda run, work: timed_forward_backward(run, work, inputs, leaves, grads, calls))
 
-    def contest(run: Run, work: Callable) -> Contender:
-        def prepare():
-            # Clones, because some peers write the gradient over what they were given.
-            with_leaves = [x.detach().clone().requires_grad_() if i in leaves else x for i, x in enumerate(inputs)]
-            return run.convert(*with_leaves), [with_leaves[i] for i in leaves]
 
-        def timed(prepared):
-            arguments, wanted = prepared
-            for _ in range(calls - 1):
-                backward(work(*arguments), wanted, grads)
-            return backward(work(*arguments), wanted, grads)
+def timed_forward_backward(
+    run: Run, work: Callable, inputs: Inputs, leaves: Sequence[int], grads: Sequence[Tensor] = (), calls: int = 1
+) -> Contender:
+    def prepare():
+        # Clones, because some peers write the gradient over what they were given.
+        with_leaves = [x.detach().clone().requires_grad_() if i in leaves else x for i, x in enumerate(inputs)]
+        return run.convert(*with_leaves), [with_leaves[i] for i in leaves]
 
-        return Contender(timed, prepare, run.note)
+    def timed(prepared):
+        arguments, wanted = prepared
+        for _ in range(calls - 1):
+            backward(work(*arguments), wanted, grads)
+        return backward(work(*arguments), wanted, grads)
 
-    return _everyone(op, contest)
+    return Contender(timed, prepare, run.note)
 
 
 def logits_in_place(

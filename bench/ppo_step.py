@@ -108,14 +108,14 @@ def models(plan: PPO) -> Iterator[Models]:
             tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
             texts = [snippet.text for snippet in rated_snippets(cache_folder(None), offline=False)]
         else:
-            tokenizer = _tokenizer(model.config.vocab_size)
+            tokenizer = word_tokenizer(model.config.vocab_size)
             words = torch.randint(2, model.config.vocab_size, (plan.stock, plan.prompt)).tolist()
             texts = [tokenizer.decode(row) for row in words]
         tokenizer.save_pretrained(folder)
         yield Models(name, folder, _beginnings(tokenizer, texts, plan), AutoConfig.from_pretrained(folder))
 
 
-def _tokenizer(size: int) -> Any:
+def word_tokenizer(size: int) -> Any:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

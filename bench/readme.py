@@ -1,6 +1,6 @@
-"""Writes the measured tables of the README from the committed results: `python -m fastrlhf.bench.readme`.
+"""Writes the measured tables of the pages from the committed results: `python -m fastrlhf.bench.readme`.
 
-With --check it only says whether the README is up to date (exit 1 if not).
+With --check it only says whether the pages are up to date (exit 1 if not).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.bench import accuracy, ppo_learning, records, report
+from fastrlhf.bench import accuracy, compat_training, ppo_learning, records, report
 from fastrlhf.demo.report import measures, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+COMPAT_PAGE = ROOT / "fastrlhf" / "compat" / "README.md"
 
 FAMILIES = {
     "log_probs": "From logits",
@@ -180,6 +181,46 @@ def errors(content: dict[str, Any]) -> str:
     return table(["", *names], lines)
 
 
+def compat_tables(folder: Path) -> str:
+    """For each device: the frameworks' functions and trainers, with ours in their place and as they are."""
+    parts = []
+    for path in sorted(folder.glob("*/compat.json")):
+        content = records.read(path)
+        parts.append(f"**{content['device']}** ({content['threads']} threads), torch {content['torch']}:")
+        if not content["complete"]:
+            parts.append("Stopped before the last row.")
+        calls = [row for row in content["rows"] if "largest_difference" not in row["results"][records.OURS]]
+        parts += [_swaps(calls), _trainings([row for row in content["rows"] if row not in calls])]
+    return "\n\n".join(filter(None, parts)) or NOTHING
+
+
+def _swaps(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        pair = [row["results"].get(name, {}) for name in (records.OURS, compat_training.THEIRS)]
+        times = [report.time(x["median_ms"]) if "median_ms" in x else x.get("failed", "") for x in pair]
+        ratio = _ratio(
+            records.ratio_to_ours(row, compat_training.THEIRS), records.reached(row).get(compat_training.THEIRS)
+        )
+        memory = [f"{x['extra_mib']:.3g}" if "extra_mib" in x else "" for x in pair]
+        lines.append((f"{row['work']}, {row['shape']}", *times, ratio, *memory))
+    return table(["", "ours", "theirs", "theirs / ours", "MiB extra, ours", "theirs"], lines)
+
+
+def _trainings(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        ours, theirs = (row["results"][name] for name in (records.OURS, compat_training.THEIRS))
+        times = (report.time(x["median_ms"]) for x in (ours, theirs))
+        target = records.reached(row).get(compat_training.THEIRS)
+        ratio = _ratio(records.ratio_to_ours(row, compat_training.THEIRS), target)
+        memory = (f"{x['peak_mib']:.0f}" for x in (ours, theirs))
+        lines.append((f"{row['work']}, {row['shape']}", *times, ratio, *memory, f"{ours['largest_difference']:.0e}"))
+    return table(["", "patched", "unpatched", "ratio", "peak MiB, patched", "unpatched", "largest difference"], lines)
+
+
 def table(head: list[str], lines: list[tuple[str, ...]]) -> str:
     rule = "|---|" + "--:|" * (len(head) - 1)
     return "\n".join([_line(head), rule, *map(_line, lines)])
@@ -201,8 +242,10 @@ def _ratio(x: float | None, target: tuple[float, float | None, bool | None] | No
 
 
 def with_tables(text: str, folder: Path = RESULTS) -> str:
-    """The README with what stands between its table markers made anew."""
-    for name, body in (("demo table", demo_table(folder)), ("performance tables", performance_tables(folder))):
+    """A page with what stands between its table markers made anew."""
+    tables = {"demo table": demo_table, "performance tables": performance_tables, "compat tables": compat_tables}
+    for name in (name for name in tables if f"<!-- {name} -->" in text):
+        body = tables[name](folder)
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}",
@@ -213,14 +256,16 @@ def with_tables(text: str, folder: Path = RESULTS) -> str:
 
 
 def main(argv: list[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    wanted = with_tables(text)
-    if "--check" in argv:
-        if wanted != text:
-            print("README.md does not show the committed results; run python -m fastrlhf.bench.readme")
-        return int(wanted != text)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in (README, COMPAT_PAGE):
+        text = page.read_text(encoding="utf-8")
+        wanted = with_tables(text)
+        if "--check" not in argv:
+            page.write_text(wanted, encoding="utf-8")
+        elif wanted != text:
+            print(f"{page.relative_to(ROOT)} does not show the committed results; run python -m fastrlhf.bench.readme")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

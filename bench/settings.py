@@ -51,6 +51,19 @@ class PPO:
 
 
 @dataclass(frozen=True)
+class Training:
+    """A random model with a large vocabulary, as fastrlhf.compat is tried on."""
+
+    vocabulary: int = 49_152
+    hidden: int = 128
+    layers: int = 2
+    sequences: int = 8  # of a step
+    length: int = 128  # tokens
+    steps: int = 5
+    turns: int = 2  # of every process
+
+
+@dataclass(frozen=True)
 class Setting:
     device: str = "cpu"
     rows: int = 512  # of logits
@@ -65,6 +78,7 @@ class Setting:
     lm_heads_of_ppo: tuple[tuple[int, int, int], ...] = ()  # for the row of the PPO loss alone
     rollouts: Rollouts = field(default_factory=Rollouts)
     ppo: PPO = field(default_factory=PPO)
+    training: Training = field(default_factory=Training)
 
     @property
     def on_cpu(self) -> bool:
@@ -98,6 +112,7 @@ QUICK = {
             seconds=0.0,
         ),
         ppo=PPO(prompts=4, prompt=4, response=4, epochs=2, micro_batch=2, turns=1, long=(2, 16)),
+        training=Training(sequences=4, length=16, turns=1),
     )
     for device in FULL
 }
@@ -112,6 +127,7 @@ TINY = Setting(
     lm_heads_of_ppo=((6, 8, 50),),
     rollouts=Rollouts("tiny", (1, 3), 5, 4, LongTail(6, 2, 2, 6), ((3, 1000),), 16, 0.0),
     ppo=PPO("tiny", 4, 4, 4, 2, 2, 1, (2, 8)),
+    training=Training(300, 32, 2, 4, 16, 5, 1),
 )
 
 

@@ -12,15 +12,30 @@ import ast
 import importlib.util
 import itertools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 _count = itertools.count()
+# Where `make test` installs the frameworks that fastrlhf.compat replaces functions of, apart from the environment.
+PEERS = Path(sys.prefix) / "peers"
 
 
 class NotThere(Exception):
     """A package, a file or a name in it is missing; the message says which."""
+
+
+@contextmanager
+def peers_on_path(first: bool = False) -> Iterator[None]:
+    """What is in PEERS can be imported in here, `first` before the environment's; what has been imported stays."""
+    sys.path.insert(0 if first else len(sys.path), str(PEERS))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(PEERS))
 
 
 def folder(package: str) -> Path:

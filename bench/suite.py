@@ -1,22 +1,36 @@
-"""`fastrlhf bench kernels`, `rollout` and `ppo`: runs the families, prints their tables and keeps the results."""
+"""`fastrlhf bench`: runs the families of a suite, prints their tables and keeps the results."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastrlhf.bench import accuracy, advantages, calls, lm_head, log_probs, losses, ppo_step, records, report, rollout
+from fastrlhf.bench import (
+    accuracy,
+    advantages,
+    calls,
+    compat,
+    lm_head,
+    log_probs,
+    losses,
+    ppo_step,
+    records,
+    report,
+    rollout,
+)
 from fastrlhf.bench.contests import OURS
 from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
 from fastrlhf.bench.measure import Stopwatch, keep_memory, measure
 from fastrlhf.bench.peers import roll_call
 from fastrlhf.bench.settings import FULL, QUICK, Setting
+from fastrlhf.bench.sources import peers_on_path
 
 FAMILIES = {
     "log_probs": log_probs,
@@ -28,12 +42,14 @@ FAMILIES = {
 }
 ACCURACY = "accuracy"
 PPO = "ppo"
+COMPAT = "compat"
 # Whose peers are others than those of the kernels.
-ROLL_CALLS = {"rollout": rollout.roll_call, PPO: ppo_step.roll_call}
+ROLL_CALLS = {"rollout": rollout.roll_call, PPO: ppo_step.roll_call, COMPAT: compat.roll_call}
 SUITES = {
     "kernels": (*(name for name in FAMILIES if name not in ROLL_CALLS), ACCURACY),
     "rollout": ("rollout",),
     PPO: (PPO,),
+    COMPAT: (COMPAT,),
 }
 
 
@@ -72,6 +88,9 @@ def _measured(family: str, setting: Setting, stopwatch: Any, bandwidth: float | 
     if family == PPO:  # its contenders are processes, which are timed in there
         yield from ppo_step.measure(setting)
         return
+    if family == COMPAT:  # so are some of these
+        yield from compat.measured(setting, stopwatch, bandwidth)
+        return
     for row in FAMILIES[family].rows(setting):
         yield measure(row, stopwatch, setting.seconds, bandwidth)
 
@@ -83,6 +102,11 @@ def failures(content: dict[str, Any]) -> list[str]:
 
 
 def main(suite: str, arguments: list[str]) -> None:
+    with peers_on_path(first=True) if suite == COMPAT else nullcontext():
+        _main(suite, arguments)
+
+
+def _main(suite: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"fastrlhf bench {suite}", description=_HELP[suite], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", choices=SUITES[suite], default=SUITES[suite])
@@ -128,4 +152,7 @@ work: SmolLM2-135M-Instruct, the same prompts, tokens and optimiser steps. fp32 
 and bf16 with the value head on the policy's trunk; TRL in fp32 and with all weights in bf16. Each runs in a process of
 its own, in turns. The limit is the matrix products of trunks and head alone, for an iteration without its rollout.
 Takes a quarter of an hour.""",
+    COMPAT: """Times functions of TRL, Liger, verl, OpenRLHF and torchrl beside ours in their place (fastrlhf.compat),
+on the frameworks' own calls, and steps of TRL's SFT, DPO and GRPO trainers with fastrlhf.patch("trl") and without, each
+in a process of its own, by turns. `make .venv/.peers` installs the frameworks.""",
 }

@@ -26,7 +26,8 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   demo                the whole way on real human ratings, on a laptop
   env                 versions, the machine, and which backend serves which op
   bench               bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding;
-                      bench ppo: whole iterations of PPO beside TRL's; bench ppo_learning: what both learn
+                      bench ppo: whole iterations of PPO beside TRL's; bench ppo_learning: what both learn;
+                      bench compat: the functions of other frameworks beside ours in their place
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -129,11 +130,11 @@ def bench(argv: list[str]) -> None:
         from fastrlhf.bench.ppo_learning import main as run_learning
 
         return run_learning(argv[1:])
-    if argv[:1] not in (["kernels"], ["rollout"], ["ppo"]):
+    if argv[:1] not in (["kernels"], ["rollout"], ["ppo"], ["compat"]):
         what = " ".join(argv[:1]) or "what?"
         raise ValueError(
-            f"bench {what}: wanted `bench kernels`, `bench rollout`, `bench ppo` or `bench ppo_learning` (--help lists "
-            "the flags)"
+            f"bench {what}: wanted `bench kernels`, `bench rollout`, `bench ppo`, `bench compat` or "
+            "`bench ppo_learning` (--help lists the flags)"
         )
     from fastrlhf.bench.suite import main as run
 

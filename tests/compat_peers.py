@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,20 +11,11 @@ from typing import Any
 import pytest
 
 from fastrlhf.bench import sources
+from fastrlhf.bench.sources import PEERS, peers_on_path
 
-PEERS = Path(sys.prefix) / "peers"
+__all__ = ["OLDER_TRL", "PEERS", "definitions", "module", "peers_on_path"]
+
 OLDER_TRL = Path(sys.prefix) / "peers-trl"  # a folder for each version
-
-
-@contextmanager
-def on_path() -> Iterator[None]:
-    """They can be imported in here; what is imported stays."""
-    sys.path.append(str(PEERS))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(str(PEERS))
 
 
 def module(name: str) -> ModuleType:

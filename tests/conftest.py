@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from compat_peers import on_path
+from compat_peers import peers_on_path
 
 # Minutes each: they begin first, so that no worker is left with one of them at the end.
 LONG = [f"test_{name}.py" for name in ("build", "triton_lm_head", "vocab_parallel", "gpu_audit", "triton_sampling")]
@@ -28,5 +28,5 @@ def seed():
 @pytest.fixture(scope="module")
 def peers():
     """The frameworks that fastrlhf.compat is compared with can be imported while the tests of one file run."""
-    with on_path():
+    with peers_on_path():
         yield

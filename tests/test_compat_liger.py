@@ -14,7 +14,7 @@ import traceback
 import pytest
 import torch
 from compat_checks import assert_same, outcome
-from compat_peers import module, on_path
+from compat_peers import module, peers_on_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import run_checks
@@ -337,7 +337,7 @@ def test_the_gradient_is_written_over_the_logits_where_it_may_be():
 
 def main():
     results = {}
-    with on_path():
+    with peers_on_path():
         for name, check in CHECKS.items():
             try:
                 check()

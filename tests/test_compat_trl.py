@@ -15,7 +15,9 @@ from tiny import tiny_config
 from transformers import LlamaForCausalLM
 
 import fastrlhf
+from fastrlhf.bench import compat_training
 from fastrlhf.bench.peers.base import keep
+from fastrlhf.bench.settings import TINY
 from fastrlhf.bench.sources import NotThere, definitions
 from fastrlhf.compat import _patch, original
 from fastrlhf.compat import trl as ours
@@ -333,6 +335,24 @@ class TestHeads:
         ours.ChunkedLogProbFunction.apply(tensor(3, 4), sharded, *rest)
         ours._ChunkedLogProbFunction.apply(tensor(3, 4), sharded, *rest)
         assert asked == [9, 9, 9, 6]
+
+
+@pytest.mark.parametrize("trainer", compat_training.TRAINERS)
+def test_trainers_make_the_same_steps(trainer, utils, tmp_path, monkeypatch):
+    """Patched against unpatched, 5 steps of a tiny model: what they log is the same up to rounding."""
+    calls = []
+    scored = ours._log_probs
+    monkeypatch.setattr(ours, "_log_probs", lambda *x: (calls.append(1), scored(*x))[1])
+    plans = [compat_training.Plan(trainer, patched, TINY.training, 1) for patched in (False, True)]
+    theirs = compat_training.train(plans[0], str(tmp_path))
+    assert not calls
+    found = compat_training.train(plans[1], str(tmp_path))
+    assert len(calls) >= len(found["logs"]) == len(theirs["logs"]) == TINY.training.steps
+    # Adam divides a gradient by its size, so a rounding can be as large as a step of the learning rate, 1e-4, here.
+    assert compat_training.difference(found["logs"], theirs["logs"]) < TINY.training.steps * 1e-4
+    assert (theirs["bound"], found["bound"] > 3) == (0, True)
+    assert found["peak_mib"] > 100
+    assert len(found["ms"]) == TINY.training.steps
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Optional
@@ -24,8 +25,12 @@ from fastrlhf.bench.peers.base import (
 )
 from fastrlhf.bench.sources import definitions, folder, function, method, steps
 
+MAKER = "RemoteExperienceMaker"
 
-def openrlhf() -> Peer:
+
+@functools.cache
+def functions() -> SimpleNamespace:
+    """Its functions and losses, as far as they are about PPO, reward models and DPO."""
     root = folder("openrlhf")
     names = ("compute_approx_kl", "KL_IS_WEIGHT_CLIP", "compute_reward", "_logsumexp_by_chunk")
     names += ("log_probs_from_logits", "masked_mean", "compute_entropy")  # compute_entropy is under @torch.compile
@@ -35,14 +40,20 @@ def openrlhf() -> Peer:
     names = ("aggregate_loss", "PolicyLoss", "ValueLoss", "PairWiseLoss", "DPOLoss")
     losses = definitions(root / "models" / "loss.py", keep(*names), context)
     path = root / "trainer" / "ppo_utils" / "experience_maker.py"
-    maker = "RemoteExperienceMaker"
-    gae = function(path, method(path, maker, "get_advantages_and_returns"), {"torch": torch})
-    compute = method(path, maker, "compute_advantages_and_returns")
+    gae = function(path, method(path, MAKER, "get_advantages_and_returns"), {"torch": torch})
+    return SimpleNamespace(**utils | losses, get_advantages_and_returns=gae)
+
+
+def openrlhf() -> Peer:
+    theirs = functions()
+    gae = theirs.get_advantages_and_returns
+    path = folder("openrlhf") / "trainer" / "ppo_utils" / "experience_maker.py"
+    compute = method(path, MAKER, "compute_advantages_and_returns")
     normalize = steps(path, compute, "all_advantages", None, ["experiences", "args"], {"torch": torch})
     no_std_norm = SimpleNamespace(algo=SimpleNamespace(advantage=SimpleNamespace(no_std_norm=False)))
-    policy, value = losses["PolicyLoss"](CLIP, CLIP), losses["ValueLoss"](VALUE_CLIP)
-    pairwise, dpo = losses["PairWiseLoss"](), losses["DPOLoss"](BETA)
-    approx_kl, reward, masked_mean = utils["compute_approx_kl"], utils["compute_reward"], utils["masked_mean"]
+    policy, value = theirs.PolicyLoss(CLIP, CLIP), theirs.ValueLoss(VALUE_CLIP)
+    pairwise, dpo = theirs.PairWiseLoss(), theirs.DPOLoss(BETA)
+    approx_kl, reward, masked_mean = theirs.compute_approx_kl, theirs.compute_reward, theirs.masked_mean
 
     @torch.no_grad()
     def run_gae(rewards, values, mask):
@@ -59,13 +70,13 @@ def openrlhf() -> Peer:
 
     def ppo_loss(log_probs, old, advantages, mask, ref):
         loss, *metrics = policy(log_probs, old, advantages, mask)
-        kl = losses["aggregate_loss"](approx_kl(log_probs, ref, kl_estimator="k3"), mask)
+        kl = theirs.aggregate_loss(approx_kl(log_probs, ref, kl_estimator="k3"), mask)
         return loss + KL_COEF * kl, metrics
 
     ops = {
-        "token_log_probs": Run(utils["log_probs_from_logits"]),
+        "token_log_probs": Run(theirs.log_probs_from_logits),
         "token_log_probs_and_entropy": Run(
-            lambda x, tokens: (utils["log_probs_from_logits"](x, tokens), utils["compute_entropy"](x)),
+            lambda x, tokens: (theirs.log_probs_from_logits(x, tokens), theirs.compute_entropy(x)),
             note="entropy under its own torch.compile",
         ),
         "kl_divergence": Run(lambda log_probs, ref: approx_kl(log_probs, ref, kl_estimator="k3")),

@@ -62,18 +62,21 @@ def _fused_linear(root: Path) -> Callable:
     return definitions(path, keep(*names), context)["FusedLinearForPPO"]()
 
 
-def verl() -> Peer:
-    root = folder("verl")
-    verl_F = functional()
+@functools.cache
+def algorithms() -> SimpleNamespace:
+    """verl.trainer.ppo.core_algos, as far as it is about PPO."""
     names = ("compute_gae_advantage_return", "agg_loss", "compute_policy_loss_vanilla", "compute_value_loss")
     names += ("kl_penalty", "kl_penalty_forward", "FixedKLController")
-    context = {"torch": torch, "verl_F": verl_F, "AlgoConfig": type("AlgoConfig", (), {})}
+    context = {"torch": torch, "verl_F": functional(), "AlgoConfig": type("AlgoConfig", (), {})}
     # The decorators enter the functions into verl's registries.
-    algos = SimpleNamespace(**definitions(root / "trainer" / "ppo" / "core_algos.py", bare(*names), context))
+    return SimpleNamespace(**definitions(folder("verl") / "trainer" / "ppo" / "core_algos.py", bare(*names), context))
+
+
+def verl() -> Peer:
+    root, verl_F, algos = folder("verl"), functional(), algorithms()
     context = {"torch": torch, "core_algos": algos, "masked_mean": verl_F.masked_mean}
     trainer = root / "trainer" / "ppo" / "ray_trainer.py"
     apply_kl_penalty = definitions(trainer, keep("apply_kl_penalty"), context)["apply_kl_penalty"]
-    config = _VerlConfig(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, clip_ratio_c=3.0)
 
     def rollout(batch):
         data, _ = apply_kl_penalty(SimpleNamespace(batch=batch), algos.FixedKLController(KL_COEF), "kl")
@@ -89,7 +92,7 @@ def verl() -> Peer:
         return (result,)
 
     def ppo_loss(log_probs, old, advantages, mask, ref):
-        loss, metrics = algos.compute_policy_loss_vanilla(old, log_probs, advantages, mask, "token-mean", config)
+        loss, metrics = algos.compute_policy_loss_vanilla(old, log_probs, advantages, mask, "token-mean", CONFIG)
         kl = algos.kl_penalty(log_probs, ref, "low_var_kl")
         return loss + KL_COEF * algos.agg_loss(kl, mask, "token-mean"), metrics
 
@@ -97,7 +100,7 @@ def verl() -> Peer:
 
     def linear_ppo_loss(hidden, weight, tokens, old, advantages, mask):
         log_probs, _ = fused(hidden, weight, tokens)
-        return algos.compute_policy_loss_vanilla(old, log_probs, advantages, mask, "token-mean", config)
+        return algos.compute_policy_loss_vanilla(old, log_probs, advantages, mask, "token-mean", CONFIG)
 
     ops = {
         "linear_token_log_probs": Run(lambda *head: fused(*head)[0], note="computes the entropy too"),
@@ -178,3 +181,6 @@ class _VerlConfig(dict):
 
     global_batch_info: dict = {}  # noqa: RUF012
     __getattr__ = dict.__getitem__
+
+
+CONFIG = _VerlConfig(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, clip_ratio_c=3.0)
