@@ -1,7 +1,8 @@
 # make demo        the whole way from a clone: environment, SFT, reward model, PPO, and the numbers in runs/demo
 # make demo QUICK=1   every stage in a few minutes, without targets
 # make test        all tests          make lint   style          make gpu-audit   GPU kernels, compiled without a GPU
-# make bench       the ops beside their peers, which it installs in .venv-bench; results in bench/results
+# make bench       the ops beside their peers, which it installs in .venv-bench, and fastrlhf.compat beside the functions
+#                  that it replaces; results in bench/results
 # make clean       takes away what these made, but not runs/
 #
 # PYTHON  the Python to make .venv with (3.10 or newer)
@@ -30,8 +31,9 @@ lint: .venv/.test
 gpu-audit: .venv/.test
 	$(BIN)/python bench/gpu_audit.py
 
-bench: .venv-bench/.peers
+bench: .venv-bench/.peers .venv/.test .venv/.peers
 	.venv-bench/bin/fastrlhf bench kernels $(ARGS)
+	$(BIN)/fastrlhf bench compat
 	.venv-bench/bin/python -m fastrlhf.bench.readme
 
 clean:
