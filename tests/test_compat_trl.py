@@ -154,14 +154,17 @@ def test_fp64_goes_to_trl(utils):
     torch.testing.assert_close(entropy, both[1])
 
 
-def test_under_torch_compile(utils):
-    logits, index = tensor(4, 9), torch.arange(4)
-    for name, options in (("selective_log_softmax", (0.7,)), ("selective_log_softmax_and_entropy", (True, 0.7))):
-        function = getattr(ours, name)
+def test_under_torch_compile():
+    logits, hidden, weight, index = tensor(4, 9), tensor(4, 5), tensor(9, 5), torch.arange(4)
+    outputs = ("entropy", "mean_logits", "is_top1")
+    calls = [
+        (lambda x: ours.selective_log_softmax(x, index, 0.7), [logits]),
+        (lambda x: ours.selective_log_softmax_and_entropy(x, index, True, 0.7), [logits]),
+        (lambda *x: ours.ChunkedLogProbFunction.apply(*x, None, index, 0.7, 8, 5.0, 2.0, outputs), [hidden, weight]),
+    ]
+    for function, inputs in calls:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        results = [
-            outcome(lambda x, f=f, rest=options: f(x, index, *rest), [logits], [0]) for f in (compiled, function)
-        ]
+        results = (outcome(f, inputs, range(len(inputs))) for f in (compiled, function))
         assert_same(*results, 1e-6, 1e-6)
 
 
