@@ -1,0 +1,348 @@
+"""verl (https://github.com/volcengine/verl), 0.9: what `fastrlhf.patch("verl")` binds.
+
+    import fastrlhf
+
+    fastrlhf.patch("verl")  # before the trainer is made; in Ray's workers through FASTRLHF_PATCH=verl
+    from verl.trainer.ppo.core_algos import compute_gae_advantage_return
+
+    advantages, returns = compute_gae_advantage_return(rewards, values, response_mask, gamma=1.0, lam=0.95)
+
+The losses of policies are in `_verl_policy_losses`. They and GAE are registered as "fastrlhf" as well
+(policy_loss.loss_mode, adv_estimator).
+
+Where verl and we differ: what stands under a 0 of a mask is not read, advantages and returns are 0 there, and so is
+what `masked_whiten` returns; where verl refuses a mask of fewer than two tokens, which takes a stall of the device to
+find out, the variance is 0; a batch without tokens has a loss of 0, not nan. Masks hold zeros and ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf import functional as F
+from fastrlhf.compat._common import aggregate, cast, entropy, fits, rows
+from fastrlhf.compat._patch import original
+from fastrlhf.compat._verl_policy_losses import (
+    ALGOS,
+    aggregation_of,
+    compute_policy_loss_cispo,
+    compute_policy_loss_geo_mean,
+    compute_policy_loss_gspo,
+    compute_policy_loss_vanilla,
+)
+from fastrlhf.functional._checks import FLOATS
+
+PACKAGE = "verl"
+VERSIONS = ">=0.9,<0.10"
+FUNCTIONAL = "verl.utils.torch_functional"
+FUSED = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
+KERNEL = "verl.utils.kernel.linear_cross_entropy.linear_cross_entropy"
+
+KL_ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+REDUCTIONS = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
+
+
+def compute_gae_advantage_return(
+    token_level_rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: Tensor,
+    lam: Tensor,
+    *,
+    exact_dtype: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(whitened advantages, returns), [B, T], fp32, without gradient; gaps in the mask are skipped.
+
+    Reading rewards and values, GAE and the statistics of the whitening are one pass.
+    """
+    if not fits(token_level_rewards, values, mask=response_mask):
+        theirs = original(f"{ALGOS}.compute_gae_advantage_return")
+        return theirs(token_level_rewards, values, response_mask, gamma, lam)
+    mask = response_mask.to(torch.bool)
+    with torch.no_grad():
+        scores = token_level_rewards.new_zeros(mask.shape[0])
+        # There is no KL penalty: its two log-probs are values, of which the kernel reads every line only once.
+        target = F.rollout_advantages(
+            *(scores, values, values, values, mask),
+            kl_coef=0.0,
+            token_rewards=token_level_rewards,
+            gamma=float(gamma),
+            lam=float(lam),
+        )
+        mean, rstd = target.advantage_stats
+        advantages = torch.where(mask, (target.advantages - mean) * rstd, 0.0)
+    inputs = (token_level_rewards, values, response_mask)
+    return cast(advantages, exact_dtype, *inputs), cast(target.returns, exact_dtype, *inputs)
+
+
+def compute_rewards(
+    token_level_scores: Tensor,
+    old_log_prob: Tensor,
+    ref_log_prob: Tensor,
+    kl_ratio: float,
+    *,
+    exact_dtype: bool = False,
+) -> Tensor:
+    """scores - kl_ratio (log p - log q), everything [B, T]."""
+    if not fits(token_level_scores, old_log_prob, ref_log_prob):
+        return original(f"{ALGOS}.compute_rewards")(token_level_scores, old_log_prob, ref_log_prob, kl_ratio)
+    rewards = token_level_scores - F.kl_divergence(old_log_prob, ref_log_prob) * kl_ratio
+    return cast(rewards, exact_dtype, token_level_scores, old_log_prob, ref_log_prob)
+
+
+def agg_loss(
+    loss_mat: Tensor,
+    loss_mask: Tensor,
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+    *,
+    exact_dtype: bool = False,
+) -> Tensor:
+    """The loss [B, T] as a scalar, with gradient: means over tokens or sequences, of the global batch if its counts
+    are given, times dp_size."""
+    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    if not fits(loss_mat, mask=loss_mask) or loss_mat.dim() != 2:
+        return original(f"{ALGOS}.agg_loss")(loss_mat, loss_mask, loss_agg_mode, *counts)
+    mask = loss_mask.to(torch.bool)
+    loss = aggregate(loss_mat, mask, *aggregation_of(mask, loss_agg_mode, *counts))
+    return cast(loss, exact_dtype, loss_mat, loss_mask)
+
+
+def compute_value_loss(
+    vpreds: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+    *,
+    exact_dtype: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(half the squared error, clipped around the old values; the fraction that was clipped), both scalars."""
+    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    inputs = (vpreds, returns, values)
+    if not fits(*inputs, mask=response_mask) or vpreds.dim() != 2 or cliprange_value <= 0:
+        options = (response_mask, cliprange_value, loss_agg_mode, *counts)
+        return original(f"{ALGOS}.compute_value_loss")(*inputs, *options)
+    mask = response_mask.to(torch.bool)
+    aggregation, denominator = aggregation_of(mask, loss_agg_mode, *counts)
+    options = {"clip": float(cliprange_value), "aggregation": aggregation, "denominator": denominator}
+    loss, stats = F.value_loss(vpreds, values, returns, mask, **options)
+    return cast(loss, exact_dtype, *inputs, response_mask), stats.clip_fraction
+
+
+def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str, *, exact_dtype: bool = False) -> Tensor:
+    """Estimates of the KL divergence, [...], by "kl" or "k1", "abs", "mse" or "k2", "low_var_kl" or "k3".
+
+    k3 holds the log-ratio within 20 and the estimate within 10. A "+" at the end gives them the gradient of k2.
+    """
+    base = kl_penalty.removesuffix("+")
+    if base not in KL_ESTIMATORS or not fits(logprob, ref_logprob):
+        return original(f"{ALGOS}.kl_penalty")(logprob, ref_logprob, kl_penalty)
+    kl = _kl(logprob, ref_logprob, KL_ESTIMATORS[base])
+    if base != kl_penalty:
+        unbiased = _kl(logprob, ref_logprob, "k2")
+        kl = unbiased - unbiased.detach() + kl.detach()
+    return cast(kl, exact_dtype, logprob, ref_logprob)
+
+
+def kl_penalty_forward(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str, *, exact_dtype: bool = False) -> Tensor:
+    """`kl_penalty` with the estimator's own gradient."""
+    if kl_penalty not in KL_ESTIMATORS or not fits(logprob, ref_logprob):
+        return original(f"{ALGOS}.kl_penalty_forward")(logprob, ref_logprob, kl_penalty)
+    return cast(_kl(logprob, ref_logprob, KL_ESTIMATORS[kl_penalty]), exact_dtype, logprob, ref_logprob)
+
+
+def _kl(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
+    return F.kl_divergence(logprob, ref_logprob, estimator=estimator, clamp=(20.0, 10.0) if estimator == "k3" else None)
+
+
+def logprobs_from_logits(
+    logits: Tensor, labels: Tensor, inplace_backward: bool = True, *, exact_dtype: bool = False
+) -> Tensor:
+    """Log-probability of each label: [..., V] and [...] to [...], fp32; with exact_dtype in the dtype of the logits.
+
+    inplace_backward: allows the gradient to be written over the logits. It is where verl does so, with flash-attn
+        installed, on GPUs.
+    """
+    if logits.dtype not in FLOATS or labels.shape != logits.shape[:-1]:
+        return original(f"{FUNCTIONAL}.logprobs_from_logits")(logits, labels, inplace_backward)
+    over = inplace_backward and logits.is_cuda and logits.is_contiguous() and logits._base is None
+    over = over and not (logits.is_leaf and logits.requires_grad) and _flash_attn()
+    log_probs = F.token_log_probs(rows(logits), labels.long(), inplace_backward=over)
+    return cast(log_probs, exact_dtype and not _flash_attn(), logits)
+
+
+def _flash_attn() -> bool:
+    """Whether verl would take flash-attn's cross-entropy, which returns fp32 and may write over the logits."""
+    disabled = os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") == "1"
+    return not disabled and importlib.util.find_spec("flash_attn") is not None
+
+
+def entropy_from_logits(logits: Tensor, *, exact_dtype: bool = False) -> Tensor:
+    """Entropy of softmax(logits), in nats: [..., V] to [...], fp32; with exact_dtype in the dtype of the logits."""
+    if logits.dtype not in FLOATS:
+        return original(f"{FUNCTIONAL}.entropy_from_logits")(logits)
+    return cast(entropy(logits), exact_dtype, logits)
+
+
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """`entropy_from_logits`, fp32. chunk_size is not needed: there is no copy of the logits to keep small."""
+    if logits.dtype not in FLOATS:
+        return original(f"{FUNCTIONAL}.entropy_from_logits_with_chunking")(logits, chunk_size)
+    return entropy(logits)
+
+
+def masked_sum(
+    values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None, *, exact_dtype: bool = False
+) -> Tensor:
+    """Sum where the mask is 1, over everything or along one or more axes."""
+    if not fits(values, mask=mask):
+        return original(f"{FUNCTIONAL}.masked_sum")(values, mask, axis)
+    total = torch.where(mask.to(torch.bool), values, 0.0).sum(dim=axis, dtype=torch.float32)
+    return cast(total, exact_dtype, values, mask)
+
+
+def masked_mean(
+    values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None, *, exact_dtype: bool = False
+) -> Tensor:
+    """Mean where the mask is 1, over everything or along one or more axes; 0 where it is 1 nowhere."""
+    if not fits(values, mask=mask) or isinstance(axis, tuple):
+        return original(f"{FUNCTIONAL}.masked_mean")(values, mask, axis)
+    return cast(F.masked_mean(values, mask, dim=axis), exact_dtype, values, mask)
+
+
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True, *, exact_dtype: bool = False) -> Tensor:
+    """Variance where the mask is 1. unbiased: divided by n - 1."""
+    if not fits(values, mask=mask):
+        return original(f"{FUNCTIONAL}.masked_var")(values, mask, unbiased)
+    counts = mask.to(torch.bool)
+    deviations = torch.where(counts, values.float() - F.masked_mean(values, counts), 0.0)
+    variance = F.masked_mean(deviations**2, counts)
+    if unbiased:
+        n = counts.sum()
+        variance = variance * (n / (n - 1).clamp(min=1))
+    return cast(variance, exact_dtype, values, mask)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, *, exact_dtype: bool = False) -> Tensor:
+    """Whitened by mean and unbiased variance of the values where the mask is 1; 0 where it is 0.
+
+    shift_mean: False adds the mean back.
+    """
+    if not fits(values, mask=mask):
+        return original(f"{FUNCTIONAL}.masked_whiten")(values, mask, shift_mean)
+    return cast(F.masked_whiten(values, mask, shift_mean=shift_mean), exact_dtype, values, mask)
+
+
+class FusedLinearForPPO(nn.Module):
+    """Log-probs and entropies from hidden states. chunk_size is not needed, and both backends are ours."""
+
+    exact_dtype = False
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
+        super().__init__()
+        if impl_backend not in ("torch", "liger"):
+            raise ValueError(f"impl_backend: got {impl_backend!r}, wanted 'torch' or 'liger'")
+        self.chunk_size = chunk_size
+        self.impl_backend = impl_backend
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(log_probs, entropy) of hidden_states [..., H] and vocab_weights [V, H] at input_ids [...], fp32.
+
+        With exact_dtype the entropy has the dtype of the hidden states.
+        """
+        if hidden_states.dtype not in FLOATS:
+            theirs = original(FUSED)(self.chunk_size, self.impl_backend)
+            return theirs(hidden_states, vocab_weights, input_ids, temperature)
+        log_probs, entropies = F.linear_token_log_probs_and_entropy(
+            hidden_states, vocab_weights, input_ids.long(), temperature=temperature
+        )
+        return log_probs, cast(entropies, self.exact_dtype, hidden_states)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | None = 1.0,
+    reduction: str | None = "none",
+    dist_process_group: torch.distributed.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log-probs [N], or their sum or mean; entropies [N]) of N tokens, fp32.
+
+    hidden: [..., H]. weight: [V, H], with a dist_process_group this rank's rows. labels: [...].
+    """
+    if reduction.lower() not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, wanted 'none', 'sum' or 'mean'")
+    hidden, group = hidden.reshape(-1, hidden.shape[-1]), dist_process_group
+    if group is not None and hidden.requires_grad:
+        # verl leaves the sum over the ranks to Megatron, which makes one of what we have summed already.
+        hidden = hidden.view_as(hidden)
+        hidden.register_hook(lambda grad: grad / torch.distributed.get_world_size(group))
+    log_probs, entropies = F.linear_token_log_probs_and_entropy(
+        hidden, weight, labels.reshape(-1).long(), temperature=temperature, group=group
+    )
+    return REDUCTIONS[reduction.lower()](log_probs), entropies
+
+
+def register() -> None:
+    """GAE and the clipped loss, under the name "fastrlhf"."""
+    algos = importlib.import_module(ALGOS)
+    algos.register_policy_loss("fastrlhf")(compute_policy_loss_vanilla)
+    algos.register_adv_est("fastrlhf")(compute_gae_advantage_return)
+
+
+def unregister() -> None:
+    algos = importlib.import_module(ALGOS)
+    algos.POLICY_LOSS_REGISTRY.pop("fastrlhf", None)
+    algos.ADV_ESTIMATOR_REGISTRY.pop("fastrlhf", None)
+
+
+_ALGOS = (
+    compute_gae_advantage_return,
+    compute_policy_loss_vanilla,
+    compute_policy_loss_gspo,
+    compute_policy_loss_cispo,
+    compute_policy_loss_geo_mean,
+    compute_value_loss,
+    compute_rewards,
+    agg_loss,
+    kl_penalty,
+    kl_penalty_forward,
+)
+_FUNCTIONAL = (
+    logprobs_from_logits,
+    entropy_from_logits,
+    entropy_from_logits_with_chunking,
+    masked_sum,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+)
+REPLACEMENTS = {
+    **{f"{ALGOS}.{function.__name__}": function for function in _ALGOS},
+    **{f"{FUNCTIONAL}.{function.__name__}": function for function in _FUNCTIONAL},
+    FUSED: FusedLinearForPPO,
+    KERNEL: linear_cross_entropy,
+}
+_FP32 = "fp32 inside and out; verl computes in the dtype of its inputs"
+_SAME_DTYPE = {KERNEL, f"{FUNCTIONAL}.entropy_from_logits_with_chunking"}
+MORE_ACCURATE = {
+    **{place: _FP32 for place in REPLACEMENTS if place not in _SAME_DTYPE},
+    f"{FUNCTIONAL}.logprobs_from_logits": "fp32 inside and out; without flash-attn, verl rounds to the logits' dtype",
+    FUSED: "logits stay in fp32, verl rounds them to the dtype of the hidden states; so is the entropy",
+}
