@@ -93,26 +93,43 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
         yield _memory(plan, found)
 
 
+class LanguageModel(NamedTuple):
+    name: str
+    folder: str
+    tokenizer: Any
+    texts: list[str]
+
+
 @contextmanager
 def models(plan: PPO) -> Iterator[Models]:
-    """SmolLM2 and the beginnings of film reviews where the demo's assets can be had; or a random model of the same
-    shape, with a tokenizer of made-up words."""
-    from transformers import AutoConfig, AutoTokenizer
+    """A language model, and different texts of exactly `plan.prompt` tokens."""
+    from transformers import AutoConfig
 
-    name, model = load(plan.model, "bf16", "cpu")
+    with language_model(plan.model, (plan.stock, plan.prompt)) as found:
+        prompts = _beginnings(found.tokenizer, found.texts, plan)
+        yield Models(found.name, found.folder, prompts, AutoConfig.from_pretrained(found.folder))
+
+
+@contextmanager
+def language_model(model: str, shape: tuple[int, int]) -> Iterator[LanguageModel]:
+    """SmolLM2 and film reviews where the demo's assets can be had; or a random model of the same shape, with a
+    tokenizer of made-up words and `shape` = (texts, tokens) of these. Its folder is there until the end."""
+    from transformers import AutoTokenizer
+
+    name, loaded = load(model, "bf16", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        if name == plan.model:
+        loaded.save_pretrained(folder)
+        if name == model:
             from fastrlhf.demo.assets import cache_folder, rated_snippets
 
-            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(loaded.config.name_or_path)
             texts = [snippet.text for snippet in rated_snippets(cache_folder(None), offline=False)]
         else:
-            tokenizer = word_tokenizer(model.config.vocab_size)
-            words = torch.randint(2, model.config.vocab_size, (plan.stock, plan.prompt)).tolist()
+            tokenizer = word_tokenizer(loaded.config.vocab_size)
+            words = torch.randint(2, loaded.config.vocab_size, shape).tolist()
             texts = [tokenizer.decode(row) for row in words]
         tokenizer.save_pretrained(folder)
-        yield Models(name, folder, _beginnings(tokenizer, texts, plan), AutoConfig.from_pretrained(folder))
+        yield LanguageModel(name, folder, tokenizer, texts)
 
 
 def word_tokenizer(size: int) -> Any:
@@ -121,9 +138,10 @@ def word_tokenizer(size: int) -> Any:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    names = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, size))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def _beginnings(tokenizer: Any, texts: list[str], plan: PPO) -> list[str]:

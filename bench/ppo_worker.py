@@ -6,6 +6,7 @@ The last line on standard output is JSON: {"iterations": [...]}, each with
 
     seconds         from the end of the one before (the first: from the start of training)
     phases          seconds of each phase, as far as the provider tells them apart
+    before          the same, of what came before the training
     optimizer_steps counted by torch's own hooks
     peak_mib        highest resident set of the process so far, without the loading of models
     update_mib      by how much the update grew the resident set at its highest, where the plan asks for that (ours)
@@ -32,6 +33,7 @@ from fastrlhf.bench.measure import forget_high_water, resident
 from fastrlhf.demo.workspace import release_memory
 
 OURS, TRL = "ours", "TRL"
+SCORES = "objective/scores"
 
 
 @dataclass
@@ -129,13 +131,14 @@ class Memory:
         self.update = (resident("VmHWM") - before) / 1024
 
 
-def run(plan: Plan) -> list[dict[str, Any]]:
-    """The iterations of a process with this plan. Raises RuntimeError, with the last it said, when it fails."""
+def run(plan: Any, module: str = __name__) -> list[dict[str, Any]]:
+    """The iterations of a process with this plan, for `module`. Raises RuntimeError, with the last it said, when it
+    fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         plan.arguments |= {"output_dir": folder}
         path.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-        command = [sys.executable, "-m", __name__, path]
+        command = [sys.executable, "-m", module, path]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{plan.provider}'s process ended: {' '.join(done.stderr.split())[-500:]}")
@@ -143,7 +146,13 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def main(path: str) -> None:
-    plan = Plan(**json.loads(Path(path).read_text(encoding="utf-8")))
+    from fastrlhf.bench.peers import trl_ppo
+
+    work(Plan(**json.loads(Path(path).read_text(encoding="utf-8"))), {OURS: ours, TRL: trl_ppo.trainer}, SCORES)
+
+
+def work(plan: Any, trainers: dict[str, Callable[[Any, Phases, Memory], Any]], logged: str) -> None:
+    """Trains by the plan with the trainer of its provider. logged: a name in the log of every iteration."""
     # Trainers print where they like: what stands for standard output from now on is standard error.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -154,13 +163,9 @@ def main(path: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     phases, memory = Phases(), Memory()
-    if plan.provider == TRL:
-        from fastrlhf.bench.peers.trl_ppo import trainer
-    else:
-        trainer = ours
-    made = trainer(plan, phases, memory)
+    made = trainers[plan.provider](plan, phases, memory)
     made.accelerator.backward = phases.of("backward", made.accelerator.backward)
-    report = recorder(phases, memory)
+    report = recorder(phases, memory, logged)
     made.add_callback(report)
     with phases.of_optimizers():
         made.train()
@@ -228,8 +233,8 @@ def ours(plan: Plan, phases: Phases, memory: Memory) -> Any:
     return made
 
 
-def recorder(phases: Phases, memory: Memory) -> Any:
-    """A callback that keeps what every iteration took, when it is logged: both providers do that last."""
+def recorder(phases: Phases, memory: Memory, logged: str) -> Any:
+    """A callback that keeps what every iteration took, when it is logged: all providers do that last."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -238,11 +243,11 @@ def recorder(phases: Phases, memory: Memory) -> Any:
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             memory.start()
-            phases.take()
+            self.before, _ = phases.take()
             self.start = time.perf_counter()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if "objective/scores" not in logs:  # not an iteration's
+            if logged not in logs:  # not an iteration's
                 return
             seconds = time.perf_counter() - self.start
             spent, steps = phases.take()
@@ -251,6 +256,7 @@ def recorder(phases: Phases, memory: Memory) -> Any:
                 {
                     "seconds": seconds,
                     "phases": spent | named,
+                    "before": self.before,
                     "optimizer_steps": steps,
                     "peak_mib": memory.peak(),
                     "update_mib": memory.update,

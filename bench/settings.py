@@ -64,6 +64,18 @@ class Training:
 
 
 @dataclass(frozen=True)
+class DPO:
+    model: str = "SmolLM2-135M-Instruct"
+    pairs: int = 8  # of a step
+    prompt: int = 32  # tokens
+    least: int = 16  # tokens of a completion
+    most: int = 96
+    steps: int = 3  # of every process; the first one warms up
+    turns: int = 2  # of every contender
+    attention: dict[str, str] = field(default_factory=lambda: {"fp32": "sdpa", "bf16": "eager"})  # of TRL
+
+
+@dataclass(frozen=True)
 class Setting:
     device: str = "cpu"
     rows: int = 512  # of logits
@@ -79,6 +91,7 @@ class Setting:
     rollouts: Rollouts = field(default_factory=Rollouts)
     ppo: PPO = field(default_factory=PPO)
     training: Training = field(default_factory=Training)
+    dpo: DPO = field(default_factory=DPO)
 
     @property
     def on_cpu(self) -> bool:
@@ -113,6 +126,7 @@ QUICK = {
         ),
         ppo=PPO(prompts=4, prompt=4, response=4, epochs=2, micro_batch=2, turns=1, long=(2, 16)),
         training=Training(sequences=4, length=16, turns=1),
+        dpo=DPO(pairs=2, prompt=4, least=2, most=6, steps=2, turns=1),
     )
     for device in FULL
 }
@@ -128,6 +142,7 @@ TINY = Setting(
     rollouts=Rollouts("tiny", (1, 3), 5, 4, LongTail(6, 2, 2, 6), ((3, 1000),), 16, 0.0),
     ppo=PPO("tiny", 4, 4, 4, 2, 2, 1, (2, 8)),
     training=Training(300, 32, 2, 4, 16, 5, 1),
+    dpo=DPO("tiny", 2, 4, 2, 6, 2, 1),
 )
 
 

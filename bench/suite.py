@@ -17,6 +17,7 @@ from fastrlhf.bench import (
     advantages,
     calls,
     compat,
+    dpo_step,
     lm_head,
     log_probs,
     losses,
@@ -41,15 +42,19 @@ FAMILIES = {
     "rollout": rollout,
 }
 ACCURACY = "accuracy"
-PPO = "ppo"
-COMPAT = "compat"
+PPO, DPO, COMPAT = "ppo", "dpo", "compat"
+# Their contenders are processes, which are timed in there.
+STEPS = {PPO: ppo_step, DPO: dpo_step}
 # Whose peers are others than those of the kernels.
-ROLL_CALLS = {"rollout": rollout.roll_call, PPO: ppo_step.roll_call, COMPAT: compat.roll_call}
+ROLL_CALLS = {
+    "rollout": rollout.roll_call,
+    **{name: family.roll_call for name, family in STEPS.items()},
+    COMPAT: compat.roll_call,
+}
 SUITES = {
     "kernels": (*(name for name in FAMILIES if name not in ROLL_CALLS), ACCURACY),
     "rollout": ("rollout",),
-    PPO: (PPO,),
-    COMPAT: (COMPAT,),
+    **{name: (name,) for name in (*STEPS, COMPAT)},
 }
 
 
@@ -85,8 +90,8 @@ def run(
 
 
 def _measured(family: str, setting: Setting, stopwatch: Any, bandwidth: float | None) -> Iterator[dict[str, Any]]:
-    if family == PPO:  # its contenders are processes, which are timed in there
-        yield from ppo_step.measure(setting)
+    if family in STEPS:
+        yield from STEPS[family].measure(setting)
         return
     if family == COMPAT:  # so are some of these
         yield from compat.measured(setting, stopwatch, bandwidth)
@@ -155,4 +160,8 @@ Takes a quarter of an hour.""",
     COMPAT: """Times functions of TRL, Liger, verl, OpenRLHF and torchrl beside ours in their place (fastrlhf.compat),
 on the frameworks' own calls, and steps of TRL's SFT, DPO and GRPO trainers with fastrlhf.patch("trl") and without, each
 in a process of its own, by turns. `make .venv/.peers` installs the frameworks.""",
+    DPO: """Times steps of DPOTrainer beside TRL's (`make bench` installs it): SmolLM2-135M-Instruct, the same pairs and
+hyper-parameters, reference log-probs computed before. fp32 weights, and bf16 weights with fp32 masters; TRL in fp32,
+with all weights in bf16, with fp32 weights under bf16 autocast, and as it comes. Each runs in a process of its own, in
+turns. Takes ten minutes.""",
 }

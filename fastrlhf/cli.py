@@ -27,7 +27,7 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   env                 versions, the machine, and which backend serves which op
   bench               bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding;
                       bench ppo: whole iterations of PPO beside TRL's; bench ppo_learning: what both learn;
-                      bench compat: the functions of other frameworks beside ours in their place
+                      bench dpo: steps of DPO; bench compat: other frameworks' functions beside ours in their place
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -130,11 +130,12 @@ def bench(argv: list[str]) -> None:
         from fastrlhf.bench.ppo_learning import main as run_learning
 
         return run_learning(argv[1:])
-    if argv[:1] not in (["kernels"], ["rollout"], ["ppo"], ["compat"]):
+    suites = ("kernels", "rollout", "ppo", "dpo", "compat")
+    if argv[:1] not in [[name] for name in suites]:
         what = " ".join(argv[:1]) or "what?"
         raise ValueError(
-            f"bench {what}: wanted `bench kernels`, `bench rollout`, `bench ppo`, `bench compat` or "
-            "`bench ppo_learning` (--help lists the flags)"
+            f"bench {what}: wanted {', '.join(f'`bench {name}`' for name in suites)} or `bench ppo_learning` (--help "
+            "lists the flags)"
         )
     from fastrlhf.bench.suite import main as run
 

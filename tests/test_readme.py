@@ -14,15 +14,19 @@ import pytest
 from tiny import save_tiny_model
 from transformers import TrainingArguments
 
-from fastrlhf.trainers import PPOConfig
+from fastrlhf.cli_best_of_n import BestOfNArguments, RejectionArguments, SamplingArguments
+from fastrlhf.trainers import DPOConfig, PPOConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROLLOUT_PAGE = (ROOT / "fastrlhf/rollout/README.md").read_text(encoding="utf-8")
-BLOCKS, ROLLOUT_BLOCKS = (re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) for page in (README, ROLLOUT_PAGE))
+ALTERNATIVES_PAGE = (ROOT / "fastrlhf/trainers/ALTERNATIVES.md").read_text(encoding="utf-8")
+BLOCKS, ROLLOUT_BLOCKS, ALTERNATIVES_BLOCKS = (
+    re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) for page in (README, ROLLOUT_PAGE, ALTERNATIVES_PAGE)
+)
 ROWS = {
     "sft.jsonl": {"prompt": "the film was", "completion": " good"},
-    "pairs.jsonl": {"chosen": "the film was good", "rejected": "the film was bad"},
+    "pairs.jsonl": {"prompt": "the film was", "chosen": " good", "rejected": " bad"},
     "prompts.jsonl": {"prompt": "the film was"},
 }
 # So that each runs in a second.
@@ -31,12 +35,14 @@ QUICK_PPO = {**QUICK, "rollout_batch_size": 4, "per_device_train_batch_size": 4,
 
 
 def test_each_piece_has_its_block():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     assert all(len(block.split("\n")) - block.count("\n\n") - 1 <= 5 for block in BLOCKS)
 
 
 @pytest.mark.parametrize(
-    "block", [*BLOCKS, *ROLLOUT_BLOCKS], ids=["ops", "linear_ops", "sft", "reward", "ppo", "rollout", "rollout_page"]
+    "block",
+    [*BLOCKS, *ROLLOUT_BLOCKS, *ALTERNATIVES_BLOCKS],
+    ids=["ops", "linear_ops", "sft", "reward", "ppo", "dpo", "rollout", "rollout_page", "best_of_n"],
 )
 def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -46,7 +52,7 @@ def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
     save_tiny_model(Path("runs/sft"))
     save_tiny_model(Path("runs/reward"), reward=True)
     block = block.replace("HuggingFaceTB/SmolLM2-135M", "runs/sft")
-    block = re.sub(r'((SFT|Reward)Config\(output_dir="[^"]*")', rf"\1, **{QUICK}", block)
+    block = re.sub(r'((SFT|Reward|DPO)Config\(output_dir="[^"]*")', rf"\1, **{QUICK}", block)
     block = re.sub(r'(PPOConfig\(output_dir="[^"]*")', rf"\1, **{QUICK_PPO}", block)
     exec(block, {})
 
@@ -62,6 +68,13 @@ def test_the_page_of_ppo_names_every_field():
     page = (ROOT / "fastrlhf/trainers/ppo/README.md").read_text(encoding="utf-8")
     own = {field.name for field in fields(PPOConfig)} - {field.name for field in fields(TrainingArguments)}
     assert {name for name in own if f"`{name}`" not in page} == set()
+
+
+def test_the_page_of_alternatives_names_every_field_and_flag():
+    own = {field.name for field in fields(DPOConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert {name for name in own if f"`{name}`" not in ALTERNATIVES_PAGE} == set()
+    flags = [field.name for kind in (SamplingArguments, BestOfNArguments, RejectionArguments) for field in fields(kind)]
+    assert {name for name in flags if f"--{name}" not in ALTERNATIVES_PAGE} == set()
 
 
 def test_links_lead_somewhere():
