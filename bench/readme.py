@@ -26,8 +26,9 @@ FAMILIES = {
     "losses": "Losses",
 }
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
-ROLLOUT, PPO = "rollout", "ppo"
+ROLLOUT, PPO, DPO = "rollout", "ppo", "dpo"
 PHASES = ("rollout", "reward", "reference", "update", "backward", "optimizer")  # the last two are parts of the update
+DPO_PARTS = ("backward_s", "optimizer_s", "reference_s")
 NOTHING = "No results are committed yet."
 
 
@@ -48,7 +49,7 @@ def performance_tables(folder: Path) -> str:
 
 
 def _of_device(folder: Path) -> list[str]:
-    families = (*FAMILIES, "calls", "accuracy", ROLLOUT, PPO)
+    families = (*FAMILIES, "calls", "accuracy", ROLLOUT, PPO, DPO)
     known = [*families, *(f"{name}-{variant}" for name in families for variant in VARIANTS)]
     found = {name: records.read(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()}
     usual = {name: found[name] for name in families if name in found}
@@ -77,6 +78,9 @@ def _of_device(folder: Path) -> list[str]:
     ppo = next((found[name] for name in (PPO, f"{PPO}-huge-pages") if name in found), None)
     if ppo is not None:
         parts += [_of_ppo(ppo), family(ppo), "Where the time goes, in seconds, with the peak of memory:", phases(ppo)]
+    dpo = next((found[name] for name in (DPO, f"{DPO}-huge-pages") if name in found), None)
+    if dpo is not None:
+        parts += [_of_dpo(dpo), family(dpo), "The peak of memory and seconds:", dpo_parts(dpo)]
     learning = folder / "ppo-learning.json"
     if learning.exists():
         parts += [
@@ -92,6 +96,28 @@ def _of_ppo(content: dict[str, Any]) -> str:
         "an iteration without its rollout, is the matrix products of trunks and head alone. Ours keeps fp32 masters of "
         f"bf16 weights, TRL has all weights in bf16. {_who(content['peers'])}"
     )
+
+
+def _of_dpo(content: dict[str, Any]) -> str:
+    return (
+        "Steps of DPO on the same pairs, after the reference's log-probs are computed; TRL as it comes runs the "
+        "reference in every step and recomputes activations. Ours in bf16 keeps fp32 masters, and its memory is "
+        f"compared with TRL's with fp32 weights. {_who(content['peers'])}"
+    )
+
+
+def dpo_parts(content: dict[str, Any]) -> str:
+    """Of every contender: memory, the step and parts of it, and what the reference takes for all pairs before."""
+    lines = {}
+    for row in content["rows"]:
+        for name, result in row["results"].items():
+            if "peak_mib" not in result:
+                continue
+            title = f"{row['work']}, {row['dtype']}" if name == records.OURS else name
+            numbers = (f"{result[key]:.3g}" if key in result else "" for key in DPO_PARTS)
+            lines[title] = (title, f"{result['peak_mib'] / 1024:.1f}", report.time(result["median_ms"]), *numbers)
+    head = ["", "GiB", "step", *(key.removesuffix("_s") for key in DPO_PARTS[:-1]), "reference, before the training"]
+    return table(head, list(lines.values()))
 
 
 def phases(content: dict[str, Any]) -> str:

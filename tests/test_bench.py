@@ -20,6 +20,8 @@ from fastrlhf.bench import (
     accuracy,
     contests,
     decoding_models,
+    dpo_step,
+    dpo_worker,
     gpu,
     limits,
     lm_head,
@@ -36,7 +38,7 @@ from fastrlhf.bench import (
 )
 from fastrlhf.bench.measure import LEAST, MOST, Contender, Limit, Roofline, Row, Stopwatch, interleave, measure, memory
 from fastrlhf.bench.peers import transformers as by_transformers
-from fastrlhf.bench.peers import trl_ppo, vllm
+from fastrlhf.bench.peers import trl_dpo, trl_ppo, vllm
 from fastrlhf.bench.peers.base import FROM_HIDDEN, Peer, Run
 from fastrlhf.bench.settings import FULL, TINY, LongTail
 from fastrlhf.cli import main
@@ -874,6 +876,99 @@ class TestPPO:
         assert "(bench/results/device/ppo-learning.png)" in made
         assert "4× [5]" in made
         assert "| TRL fp32 | 4 s | 0.25 | 0.1 | 0.1 | 3.55 | 0.2 | 0.05 | 2 | 1.0 |" in made
+        for block in re.findall(r"(?:^\|.*\n)+", made + "\n", flags=re.MULTILINE):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def made_up_steps(plan, module):
+    """As ppo_worker.run gives them: TRL takes 4 s, ours 1 s, the memory of a GiB and half of it."""
+    of_trl = plan.provider == "TRL"
+    one = {
+        "seconds": 4.0 if of_trl else 1.0,
+        "phases": {"backward": 0.5, "optimizer": 0.1},
+        "before": {} if "precompute_ref_log_probs" not in plan.arguments and of_trl else {"reference": 2.0},
+        "optimizer_steps": 1,
+        "peak_mib": 1024.0 if of_trl else 512.0,
+        "metrics": {"logps/chosen": -100.0},
+    }
+    return [json.loads(json.dumps(one)) | {"seconds": 99.0}, one]
+
+
+class TestDPO:
+    """The benchmark of DPO's steps."""
+
+    @pytest.fixture
+    def measured_rows(self, monkeypatch):
+        plans = []
+        monkeypatch.setattr(
+            ppo_worker, "run", lambda plan, module: (plans.append(plan), made_up_steps(plan, module))[1]
+        )
+        monkeypatch.setattr(trl_dpo, "version", lambda: "1.16.0")
+        return list(dpo_step.measure(TINY)), plans
+
+    def test_every_row_is_there_with_its_targets_and_its_peers(self, measured_rows):
+        rows, plans = measured_rows
+        peak, trl = records.PEAK_OF_TRL, list(dpo_step.TRL_RUN)
+        assert [(row["dtype"], tuple(row["results"])) for row in rows] == [
+            ("fp32", ("ours", trl[0], trl[3])),
+            ("bf16", ("ours", *trl[:3])),
+        ]
+        assert records.reached(rows[0]) == {trl[0]: (1.5, 4.0, True), peak: (1.0, 0.5, True)}
+        assert records.reached(rows[1]) == {trl[1]: (1.5, 4.0, True), trl[2]: (1.5, 4.0, True), peak: (1.0, 0.5, True)}
+        assert rows[0]["results"]["ours"]["median_ms"] == 1000.0  # without the step that warms up
+        assert rows[0]["results"]["ours"]["reference_s"] == 2.0
+        assert "reference_s" not in rows[0]["results"][trl[3]]
+        ran = [(plan.provider, plan.dtype) for plan in plans]
+        assert ran == [("ours", "float32"), ("ours", "bfloat16")] + [
+            ("TRL", dtype) for dtype in ("float32", "bfloat16", "float32", "float32")
+        ]
+        assert len({json.dumps(plan.pairs) for plan in plans}) == 1
+        own = {"precompute_ref_log_probs", "gradient_checkpointing", "bf16"}
+        same = [{name: x for name, x in plan.arguments.items() if name not in own} for plan in plans]
+        assert all(arguments == same[0] for arguments in same)
+
+    def test_no_token_spans_the_border_of_prompt_and_completion(self, measured_rows):
+        rows, plan = measured_rows[1][0].pairs, TINY.dpo
+        assert len(rows) == plan.pairs * plan.steps
+        for row in rows:
+            assert len(row["prompt"].split()) == plan.prompt
+            assert all(plan.least <= len(row[side].split()) <= plan.most for side in ("chosen", "rejected"))
+            assert all(text.startswith(" ") for text in row.values())
+
+    def test_unequal_work_is_an_error(self, measured_rows):
+        steps = made_up_steps(measured_rows[1][0], "")
+        with pytest.raises(RuntimeError, match=r"ours made \[1\] steps of the optimiser, wanted 2 times 1"):
+            dpo_step._check(TINY.dpo, "ours", steps[:1], [])
+        other = [steps[0] | {"metrics": {"logps/chosen": -101.0}}, steps[1]]
+        with pytest.raises(RuntimeError, match=r"has log-probs of -101\.0 where ours are -100\.0"):
+            dpo_step._check(TINY.dpo, dpo_step.TRL_FP32, other, steps)
+
+    @pytest.mark.parametrize("provider", ["ours", "TRL"])
+    def test_a_process_makes_the_work_that_is_planned(self, provider):
+        if provider == "TRL" and "missing" in dpo_step.roll_call()["TRL"]:
+            pytest.skip(dpo_step.roll_call()["TRL"]["missing"])
+        plan, contender = (
+            TINY.dpo,
+            {**dpo_step.OURS_RUN, **dpo_step.TRL_RUN}[{"ours": "fp32"}.get(provider, "TRL fp32")],
+        )
+        with dpo_step.language_model(plan.model, (12, 10)) as found:
+            rows = dpo_step.pairs(found.tokenizer, found.texts, plan)
+            work = dpo_step.worker_plan(plan, found.folder, rows, contender)
+            made = ppo_worker.run(work, dpo_worker.__name__)
+        dpo_step._check(plan, provider, made, [])
+        found = dpo_step._result(plan, made)
+        assert found["repetitions"] == 1
+        assert 0 < found["backward_s"] + found["optimizer_s"] < made[1]["seconds"]
+        assert found["reference_s"] > 0
+        assert found["peak_mib"] > 100
+
+    def test_in_the_readme(self, measured_rows, tmp_path):
+        folder = tmp_path / "device"
+        folder.mkdir()
+        content = {**records.environment("cpu"), "family": "dpo", "peers": dpo_step.roll_call(), "complete": True}
+        records.write(folder / "dpo.json", content | {"rows": measured_rows[0]})
+        made = readme.performance_tables(tmp_path)
+        assert "| TRL fp32 | 1.0 | 4 s | 0.5 | 0.1 | 2 |" in made
         for block in re.findall(r"(?:^\|.*\n)+", made + "\n", flags=re.MULTILINE):
             assert len({line.count("|") for line in block.splitlines()}) == 1
 
