@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,31 +131,67 @@ class PaddedRows:
 
 
 @dataclass
+class SharedTokens:
+    """Which of N packed tokens the sequences are made of, S of them one after the other, where some are in several.
+
+    tokens: [S], the packed token. places: [N], the first of the S that is each packed token. begins: of the sequences,
+    the packed token that is its first, known on the host.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    begins: list[int]
+
+    def to(self, device: torch.device) -> SharedTokens:
+        return SharedTokens(self.tokens.to(device), self.places.to(device), self.begins)
+
+
+@dataclass
 class Packing:
     """Where the sequences of one packed row end and begin.
 
     lengths: of the b sequences, each at least 1, known on the host.
     position_ids: [1, N], from 0 in every sequence.
-    cu_seqlens: [b + 1], int32, where the sequences begin, and N.
+    cu_seqlens: [b + 1], int32, where the sequences begin, and their sum S: N, unless sequences share tokens.
+    shared: for sequences that share their beginnings, where their tokens are; None where each has its own.
     """
 
     lengths: list[int]
     position_ids: Tensor
     cu_seqlens: Tensor
+    shared: SharedTokens | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Packing:
         position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
         return cls(list(lengths), position_ids, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
 
+    @classmethod
+    def of_sequences(cls, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> Packing:
+        """Of sequences given by the packed tokens that each one has; any may be in several.
+
+        positions: [N], of the packed tokens. The longest sequence, of several the first, must lie in one piece.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        tokens = [token for sequence in sequences for token in sequence]
+        shared = SharedTokens(
+            torch.tensor(tokens),
+            torch.from_numpy(np.unique(tokens, return_index=True)[1]),
+            [sequence[0] for sequence in sequences],
+        )
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(lengths, torch.tensor([list(positions)]), cu_seqlens, shared)
+
     def to(self, device: torch.device) -> Packing:
-        return Packing(self.lengths, self.position_ids.to(device), self.cu_seqlens.to(device))
+        shared = None if self.shared is None else self.shared.to(device)
+        return Packing(self.lengths, self.position_ids.to(device), self.cu_seqlens.to(device), shared)
 
     @cached_property
     def longest(self) -> tuple[int, int]:
-        """Where the longest sequence begins, and its length."""
+        """Where in the row the longest sequence begins, and its length."""
         index = max(range(len(self.lengths)), key=self.lengths.__getitem__)
-        return sum(self.lengths[:index]), self.lengths[index]
+        begin = sum(self.lengths[:index]) if self.shared is None else self.shared.begins[index]
+        return begin, self.lengths[index]
 
     @cached_property
     def rows(self) -> PaddedRows:
@@ -242,7 +279,7 @@ def score_responses(
     """
     input_ids, _ = pad_right([fed_tokens(prompts[row], responses[row]) for row in rows], 0)
     begins = [i * input_ids.shape[1] for i in range(len(rows))]
-    return ScoredBatch(input_ids, **_scored(prompts, responses, rows, begins))
+    return ScoredBatch(input_ids, **_scored(responses, rows, _predicting(prompts, responses, rows, begins)))
 
 
 def pack_responses(
@@ -253,19 +290,54 @@ def pack_responses(
     packing = Packing.of([len(sequence) for sequence in sequences])
     begins = [0, *accumulate(packing.lengths)]
     input_ids = torch.tensor([[token for sequence in sequences for token in sequence]])
-    return ScoredBatch(input_ids, **_scored(prompts, responses, rows, begins), packing=packing)
+    positions = _predicting(prompts, responses, rows, begins)
+    return ScoredBatch(input_ids, **_scored(responses, rows, positions), packing=packing)
+
+
+def pack_sharing_prompts(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: Sequence[int]
+) -> ScoredBatch:
+    """`pack_responses` with a prompt in the row once, however many responses it has, which follow it one by one."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for sequence, row in enumerate(rows):
+        groups.setdefault(tuple(prompts[row]), []).append(sequence)
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    sequences: list[list[int]] = []
+    positions: list[Sequence[int]] = [()] * len(rows)
+    for prompt, members in groups.items():
+        begin = len(input_ids)
+        # The longest first, so that it is one piece with its prompt.
+        for sequence in sorted(members, key=lambda sequence: -len(responses[rows[sequence]])):
+            response = responses[rows[sequence]]
+            fed = fed_tokens(prompt, response)
+            known = min(len(prompt), len(fed)) if len(input_ids) > begin else 0
+            tokens = [*range(begin, begin + known), *range(len(input_ids), len(input_ids) + len(fed) - known)]
+            input_ids += fed[known:]
+            position_ids += range(known, len(fed))
+            sequences.append(tokens)
+            positions[sequence] = tokens[len(prompt) - 1 :] if response else ()
+    packing = Packing.of_sequences(sequences, position_ids)
+    return ScoredBatch(torch.tensor([input_ids]), **_scored(responses, rows, positions), packing=packing)
+
+
+def _predicting(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: Sequence[int], begins: Sequence[int]
+) -> list[range]:
+    """Of every response the places that predict it, where sequences begin at `begins` in the flattened input_ids."""
+    # The token before the response's first one predicts it.
+    firsts = [begin + len(prompts[row]) - 1 for begin, row in zip(begins, rows, strict=False)]
+    return [range(first, first + len(responses[row])) for first, row in zip(firsts, rows, strict=True)]
 
 
 def _scored(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: Sequence[int], begins: Sequence[int]
+    responses: Sequence[Sequence[int]], rows: Sequence[int], positions: Sequence[Sequence[int]]
 ) -> dict[str, Tensor | list[int] | tuple[int, int]]:
-    """The other fields of a ScoredBatch whose sequences begin at `begins` in the flattened input_ids."""
+    """The other fields of a ScoredBatch; positions: of every response the places that predict it."""
     fields: dict[str, list[int]] = {name: [] for name in ("positions", "tokens", "rows", "columns", "sequences")}
     for sequence, row in enumerate(rows):
         length = len(responses[row])
-        # The token before the response's first one predicts it.
-        first = begins[sequence] + len(prompts[row]) - 1
-        fields["positions"] += range(first, first + length)
+        fields["positions"] += positions[sequence]
         fields["tokens"] += responses[row]
         fields["rows"] += [row] * length
         fields["columns"] += range(length)

@@ -13,6 +13,7 @@ from fastrlhf.batching import (
     Packing,
     group_by_length,
     pack_responses,
+    pack_sharing_prompts,
     pad_right,
     score_responses,
     split_by_tokens,
@@ -131,7 +132,22 @@ def test_packed_positions_predict_the_response_tokens():
     assert batch.tokens.tolist() == [11, 12, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("build", [score_responses, pack_responses])
+def test_a_shared_prompt_stands_once_and_predicts_every_first_token():
+    prompts, responses = [[1, 2], [3], [1, 2], [1, 2]], [[7], [8, 9], [4, 5, 6], []]
+    batch = pack_sharing_prompts(prompts, responses, [0, 1, 2, 3])
+    assert batch.input_ids.tolist() == [[1, 2, 4, 5, 3, 8]]
+    assert batch.packing.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.packing.lengths == [4, 2, 1, 2]  # of one prompt, the longest first
+    assert batch.packing.cu_seqlens.tolist() == [0, 4, 6, 7, 9]
+    assert batch.packing.shared.tokens.tolist() == [0, 1, 2, 3, 0, 1, 0, 4, 5]
+    assert batch.packing.shared.places.tolist() == [0, 1, 2, 3, 7, 8]
+    assert batch.packing.longest == (0, 4)
+    assert batch.positions.tolist() == [1, 4, 5, 1, 2, 3]
+    assert batch.tokens.tolist() == [7, 8, 9, 4, 5, 6]
+    assert batch.by_sequence(batch.tokens).tolist() == [[7, 0, 0], [8, 9, 0], [4, 5, 6], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("build", [score_responses, pack_responses, pack_sharing_prompts])
 class TestScoredBatch:
     def test_of_the_callers_tensors(self, build):
         batch = build(PROMPTS, RESPONSES, [2, 0]).to("cpu")

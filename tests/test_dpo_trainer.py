@@ -100,7 +100,11 @@ def by_the_paper(loss_type, policy, ref, lengths, beta, smoothing, gamma):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-@pytest.mark.parametrize("options", [{}, {"padding_free": False}, {"lm_head": "logits"}], ids=["", "padded", "logits"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_prompts": False}, {"padding_free": False}, {"lm_head": "logits"}],
+    ids=["", "prompts apart", "padded", "logits"],
+)
 def test_loss_and_gradient_are_those_of_the_papers(tmp_path, model, other, loss_type, options):
     """In fp64, from the logits of transformers."""
     smoothing = 0.2 if loss_type in ("sigmoid", "robust") else 0.0
@@ -128,6 +132,9 @@ def test_one_forward_for_both_sides_and_only_responses_reach_the_vocabulary(tmp_
     with Recorder() as recorder:
         loss_of(ours)
     assert len(called) == 1
+    prompts = sum(len(tiny_tokenizer()(prompt)["input_ids"]) for prompt in PAIRS["prompt"])
+    fed = sum(len(response) - 1 for _, response in responses(PAIRS))
+    assert called[0][2].last_hidden_state.shape[:2] == (1, prompts + fed)  # each prompt once
     assert recorder.rows == {"linear_token_log_probs": [sum(len(response) for _, response in responses(PAIRS))]}
 
 
@@ -202,6 +209,7 @@ def test_reference_log_probs_are_those_of_no_other_reference_or_data(tmp_path, m
         {"rows": {name: cells[::-1] for name, cells in PAIRS.items()}},
         {"per_device_eval_batch_size": 3},
         {"padding_free": False},
+        {"share_prompts": False},
     )
     for count, options in enumerate(variants, 1):
         ours = trainer(tmp_path, model, **options)
@@ -209,7 +217,7 @@ def test_reference_log_probs_are_those_of_no_other_reference_or_data(tmp_path, m
         reference = AutoModelForCausalLM.from_pretrained(options.get("ref_model", model))
         wanted = log_probs(reference, options.get("rows", PAIRS))[0].detach().chunk(2)[1]
         torch.testing.assert_close(torch.tensor(ours.train_dataset[COLUMNS[1]]), wanted, rtol=1e-6, atol=1e-5)
-    assert forwards.starts == [0, 0, 0, 0, 3, 0]
+    assert forwards.starts == [0, 0, 0, 0, 3, 0, 0]
 
 
 def test_it_learns_evaluates_and_saves(tmp_path, model):

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fastrlhf.batching import Packing, pack_responses, score_responses
+from fastrlhf.batching import Packing, pack_responses, pack_sharing_prompts, score_responses
 from fastrlhf.loading import disable_dropout
 from fastrlhf.trainers import packed_attention
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
@@ -112,6 +112,32 @@ def test_packed_is_padded(name, dtype):
         assert rms(ours - exact) <= 1.5 * rms(own - exact)
 
 
+def sharing_and_padded():
+    """Some of the prompts once or three times each: shared, and padded."""
+    prompts, responses = sequences(lengths=[(3, 5), (20, 2), (3, 1), (20, 25), (1, 9), (20, 0), (3, 13)])
+    for same in ((0, 2, 6), (1, 3, 5)):
+        for row in same:
+            prompts[row] = prompts[same[0]]
+    rows = [6, 0, 1, 2, 3, 4, 5]
+    return pack_sharing_prompts(prompts, responses, rows), score_responses(prompts, responses, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_that_are_shared_change_nothing(name, dtype):
+    """Log-probs, entropies, values and gradients; windows of 10 end in the prompt, at its end, and after it."""
+    scorer = actor_critic(build(name).to(dtype))
+    shared, padded = sharing_and_padded()
+    if dtype == torch.float32:
+        for ours, theirs in zip(forward(scorer, shared), forward(scorer, padded), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+        assert_same_gradients(gradients(scorer, shared), gradients(scorer, padded))
+        return
+    ours, own = gradients(scorer, shared), gradients(scorer, padded)
+    exact = gradients(scorer.float(), padded)
+    assert rms(ours - exact) <= 1.5 * rms(own - exact)
+
+
 def test_the_models_own_attention_comes_back():
     model = build("llama")
     scorer = actor_critic(model)
@@ -159,7 +185,7 @@ def test_lora():
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "wrapped by torch"])
 def test_activation_checkpointing(name, how):
     scorer = actor_critic(build(name))
-    padded, packed = batches()
+    packed, padded = sharing_and_padded()
     plain = gradients(scorer, packed)
     if how == "wrapped by torch":
         blocks = tuple({type(m) for m in scorer.model.modules() if type(m).__name__ in scorer.model._no_split_modules})
@@ -310,8 +336,8 @@ class TestProbe:
     )
     def test_accepted(self, kind, sizes):
         scorer = TokenScorer(self.of(kind, **sizes), lm_head="logits", padding_free=True)
-        padded, packed = batches()
-        torch.testing.assert_close(forward(scorer, packed)[0], forward(scorer, padded)[0], rtol=1e-5, atol=2e-5)
+        for packed, padded in (batches()[::-1], sharing_and_padded()):
+            torch.testing.assert_close(forward(scorer, packed)[0], forward(scorer, padded)[0], rtol=1e-5, atol=2e-5)
 
     def test_value_model_is_probed_too(self):
         config = CONFIG_MAPPING["bloom"](vocab_size=300, hidden_size=48, n_layer=2, n_head=4, num_labels=1)

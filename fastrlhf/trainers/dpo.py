@@ -217,7 +217,7 @@ class PairCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         known = self.args.has_reference
         ref = {name: torch.tensor([row[name] if known else 0.0 for row in rows]) for name in COLUMNS}
-        return {**ref, "batch": pair_batch(rows, self.args.padding_free)}
+        return {**ref, "batch": pair_batch(rows, self.args)}
 
 
 def pair_metrics(prediction: EvalPrediction, args: DPOConfig) -> dict[str, float]:

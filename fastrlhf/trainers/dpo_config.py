@@ -45,6 +45,10 @@ class DPOConfig(PairArguments, TrainingArguments):
         default=True,
         metadata={"help": "Forward passes on sequences one after the other, without padding; False pads."},
     )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Without padding, a prompt is computed once for all completions of a batch that follow it."},
+    )
     lm_head: Literal["fused", "logits"] = field(default="fused", metadata={"help": LM_HEAD_HELP})
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastrlhf.batching import ScoredBatch, pack_responses, score_responses
+from fastrlhf.batching import ScoredBatch, pack_responses, pack_sharing_prompts, score_responses
 from fastrlhf.data.pairs import SIDES
 from fastrlhf.loading import disable_dropout, weights_digest
 from fastrlhf.trainers.dpo_config import DPOConfig
@@ -29,12 +29,12 @@ COLUMNS = tuple(f"ref_{side}_logps" for side in SIDES)
 TOKENS = tuple(f"{side}_{part}" for side in SIDES for part in ("ids", "start"))
 
 
-def pair_batch(rows: Sequence[Mapping[str, Any]], padding_free: bool) -> ScoredBatch:
+def pair_batch(rows: Sequence[Mapping[str, Any]], args: DPOConfig) -> ScoredBatch:
     """The responses of pairs, all chosen ones first, packed or padded."""
     prompts = [row[f"{side}_ids"][: row[f"{side}_start"]] for side in SIDES for row in rows]
     responses = [row[f"{side}_ids"][row[f"{side}_start"] :] for side in SIDES for row in rows]
-    build = pack_responses if padding_free else score_responses
-    return build(prompts, responses, range(len(prompts)))
+    packed = pack_sharing_prompts if args.share_prompts else pack_responses
+    return (packed if args.padding_free else score_responses)(prompts, responses, range(len(prompts)))
 
 
 def sums(batch: ScoredBatch, values: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class ReferenceLogProbs:
             _end_last_line(file)
             for start in tqdm(starts, "Reference log-probs", disable=quiet):
                 rows = list(pairs.select(range(start, min(start + size, len(pairs)))))
-                batch = pair_batch(rows, self.args.padding_free).to(self.args.device)
+                batch = pair_batch(rows, self.args).to(self.args.device)
                 log_probs, _ = scorer(batch.input_ids, batch.positions, batch.tokens, packing=batch.packing)
                 done[start] = torch.stack(sums(batch, log_probs).cpu().chunk(2), dim=1)
                 file.write(json.dumps({"start": start, "log_probs": done[start].tolist()}).encode() + b"\n")
@@ -136,7 +136,8 @@ class ReferenceLogProbs:
 
     def _digest(self, pairs: Dataset) -> str:
         args, config = self.args, self.scorer.config
-        settings = [args.per_device_eval_batch_size, args.padding_free, args.lm_head, args.bf16, args.fp16]
+        settings = [args.per_device_eval_batch_size, args.padding_free, args.share_prompts, args.lm_head]
+        settings += [args.bf16, args.fp16]
         digest = hashlib.sha256(f"{self.key} {settings} {config._attn_implementation}".encode())
         for batch in pairs.select_columns(TOKENS).iter(1000):
             digest.update(json.dumps([list(batch[name]) for name in TOKENS]).encode())
