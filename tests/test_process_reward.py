@@ -215,11 +215,21 @@ class TestPPO:
         result, _ = ours.scores(inputs, rollout)
         assert result.total.tolist() == [1.5] * 8
         assert result.outcome.tolist() == [1.0] * 8
-        made = ours.experience(ours.model, rollout, result.total, result.each, result.steps)
+        made = ours.experience(ours.model, rollout, result.total, result.each, result.outcome, result.steps)
         returns = made.targets.returns
         torch.testing.assert_close(returns[:, 0], torch.full((8,), 1.5))
         torch.testing.assert_close(returns[made.targets.mask.bool()].min(), torch.tensor(1.0))
         assert first_log(ours)["rewards/first_letter"] == pytest.approx(0.25)
+
+    def test_no_outcome_is_exactly_none(self):
+        """Where a normalisation would make a difference of the last digit as large as any."""
+
+        def steps(prompts, completions, **columns):
+            return DetailedScores([0.0] * 9, steps=[[(1, 0.1 * i), (2, 0.7), (3, 1 / 3)] for i in range(9)])
+
+        result = Rewards([steps, steps], [1.0, 0.3]).score(["a"] * 9, ["bcd"] * 9, {})
+        assert not result.outcome.any()
+        assert result.total[3].item() == pytest.approx(1.3 * (0.3 + 0.7 + 1 / 3))
 
     @pytest.mark.parametrize("step", [(0, 1.0), (1, math.nan), (1.5, 1.0)])
     def test_unusable_steps(self, step):

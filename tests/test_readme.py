@@ -15,15 +15,16 @@ from tiny import save_tiny_model
 from transformers import TrainingArguments
 
 from fastrlhf.cli_best_of_n import BestOfNArguments, RejectionArguments, SamplingArguments
+from fastrlhf.rewards.settings import RewardSettings
 from fastrlhf.trainers import DPOConfig, PPOConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROLLOUT_PAGE = (ROOT / "fastrlhf/rollout/README.md").read_text(encoding="utf-8")
 ALTERNATIVES_PAGE = (ROOT / "fastrlhf/trainers/ALTERNATIVES.md").read_text(encoding="utf-8")
-BLOCKS, ROLLOUT_BLOCKS, ALTERNATIVES_BLOCKS = (
-    re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) for page in (README, ROLLOUT_PAGE, ALTERNATIVES_PAGE)
-)
+ROOMS = ("rollout", "rewards", "feedback")  # each has a page with one block
+PAGES = [README, ALTERNATIVES_PAGE]
+PAGES += [(ROOT / f"fastrlhf/{room}/README.md").read_text(encoding="utf-8") for room in ROOMS]
+BLOCKS, *PAGE_BLOCKS = (re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) for page in PAGES)
 ROWS = {
     "sft.jsonl": {"prompt": "the film was", "completion": " good"},
     "pairs.jsonl": {"prompt": "the film was", "chosen": " good", "rejected": " bad"},
@@ -41,8 +42,11 @@ def test_each_piece_has_its_block():
 
 @pytest.mark.parametrize(
     "block",
-    [*BLOCKS, *ROLLOUT_BLOCKS, *ALTERNATIVES_BLOCKS],
-    ids=["ops", "linear_ops", "sft", "reward", "ppo", "dpo", "rollout", "rollout_page", "best_of_n"],
+    [*BLOCKS, *(block for blocks in PAGE_BLOCKS for block in blocks)],
+    ids=[
+        *("ops", "linear_ops", "sft", "reward", "ppo", "dpo", "rollout", "best_of_n"),
+        *(f"{room}_page" for room in ROOMS),
+    ],
 )
 def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -51,6 +55,7 @@ def test_block(block, tmp_path, monkeypatch, tmp_path_factory):
         Path(name).write_text((json.dumps(row) + "\n") * 8)
     save_tiny_model(Path("runs/sft"))
     save_tiny_model(Path("runs/reward"), reward=True)
+    RewardSettings(temperatures=[1.5]).save("runs/reward")
     block = block.replace("HuggingFaceTB/SmolLM2-135M", "runs/sft")
     block = re.sub(r'((SFT|Reward|DPO)Config\(output_dir="[^"]*")', rf"\1, **{QUICK}", block)
     block = re.sub(r'(PPOConfig\(output_dir="[^"]*")', rf"\1, **{QUICK_PPO}", block)

@@ -30,24 +30,17 @@ Steps = list[tuple[int, float]]
 class RewardResult:
     """What all functions say of B completions.
 
-    total: [B], fp32, the weighted sum, rewards of steps included. each: [B] by the name of each function, unweighted,
-    and under `function/part` what came beside its scores. functions: the names of the functions alone.
+    total: [B], fp32, the weighted sum, rewards of steps included. outcome: [B], without them.
+    each: [B] by the name of each function, unweighted, and under `function/part` what came beside its scores.
     disagreement: [B], the weighted sum over ensembles of how far their members are apart, or None without any.
     steps: of each completion, weighted, or None where no function rewards steps.
     """
 
     total: Tensor
+    outcome: Tensor
     each: dict[str, Tensor]
-    functions: list[str]
     disagreement: Tensor | None = None
     steps: list[Steps] | None = None
-
-    @property
-    def outcome(self) -> Tensor:
-        """[B]: the total without the rewards of steps."""
-        if self.steps is None:
-            return self.total
-        return self.total - self.total.new_tensor([sum(reward for _, reward in steps) for steps in self.steps])
 
 
 class Rewards:
@@ -110,10 +103,12 @@ class Rewards:
         Raises RewardError for whatever goes wrong in a reward function: it raised (the cause is what it raised), hung,
         or returned something other than a finite number for each completion.
         """
-        each, disagreement, total, steps = {}, None, torch.zeros(len(completions)), None
+        each, disagreement, steps = {}, None, None
+        total, outcome = torch.zeros(len(completions)), torch.zeros(len(completions))
         for call, weight in zip(self.calls, self.weights, strict=True):
             said = call(prompts, completions, **columns)
             scores = _checked(call.name, said, completions)
+            outcome = outcome + weight * scores
             if getattr(said, "steps", None) is not None:
                 own = _checked_steps(call.name, said.steps, completions)
                 scores = scores + torch.tensor([sum(reward for _, reward in each_step) for each_step in own])
@@ -131,7 +126,7 @@ class Rewards:
                 f"{weight} x {each[name][index]}" for name, weight in zip(self.names, self.weights, strict=True)
             )
             raise RewardError(f"reward_funcs: the weighted sum for completion {index} is not finite: {parts}")
-        return RewardResult(total, each, self.names, disagreement, steps)
+        return RewardResult(total, outcome, each, disagreement, steps)
 
     def to(self, device: torch.device) -> Rewards:
         for func in self.funcs:

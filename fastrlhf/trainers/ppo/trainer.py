@@ -178,7 +178,7 @@ class PPOTrainer(ScorerTrainer):
             return self.skip("a reward function failed", rows, rollout, error=error)
         each = result.each
         with self.phases("reference"):
-            experience = self.experience(model, rollout, result.total, each, result.steps)
+            experience = self.experience(model, rollout, result.total, each, result.outcome, result.steps)
         self.check_kl(experience.targets, result.disagreement)
         self.report(rows, experience)
 
@@ -255,23 +255,25 @@ class PPOTrainer(ScorerTrainer):
         rollout: Rollout,
         scores: Tensor,
         each: dict[str, Tensor],
+        outcomes: Tensor | None = None,
         steps: list[Steps] | None = None,
     ) -> Experience:
         """What the updates of an iteration are made of: log-probs, values, shaped scores, advantages.
 
-        scores: [B], of which the rewards of `steps`, if there are any, go to the tokens where these end.
+        scores: [B], as they are reported. outcomes: [B], what of them stands on a response's last token; all when None.
+        steps: the rest, for the tokens with which steps end.
         """
         args = self.args
         batches = micro_batches(rollout, range(len(rollout)), args, self.accelerator)
         log_probs, values, weights = self.score_rollout(model, rollout, batches)
         ref_log_probs = self.reference.log_probs(rollout, batches, self.accelerator)
         finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], device=args.device)
-        token_rewards, outcomes = None, scores
+        token_rewards = None
         if steps is not None:
             if args.normalize_each_reward:
                 raise ValueError("normalize_each_reward=True: rewards of steps are not normalised, set it to False")
             token_rewards = step_rewards(rollout, steps, self.processing_class).to(args.device)
-            outcomes = scores - token_rewards.sum(1)
+        outcomes = scores if outcomes is None else outcomes.to(args.device)
         targets = ppo_targets(
             self.shape_scores(outcomes, finished, rollout.lengths.to(args.device), each),
             log_probs,
