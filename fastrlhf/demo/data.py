@@ -29,8 +29,9 @@ SHARES = (0.19, 0.33, 0.33, 0.05, 0.10)
 @dataclass
 class DemoData:
     """texts: for SFT, column `text`. pairs, gold_pairs, held_out_pairs: columns `chosen` and `rejected`, of which the
-    first trains the reward model, the second the gold judge, and the third measures both. prompts, eval_prompts: column
-    `prompt`, for PPO and for the judgement. No snippet stands in two of them."""
+    first trains the reward model, the second the gold judge, and the third measures both; that of the snippets has
+    their ratings as `score_chosen` and `score_rejected`. prompts, eval_prompts: column `prompt`, for PPO and for the
+    judgement. No snippet stands in two of them."""
 
     texts: Dataset
     pairs: Dataset
@@ -94,13 +95,16 @@ def comparison_blocks(snippets: list[RatedText], blocks: int, texts: int, pairs:
 
 
 def random_pairs(snippets: list[RatedText], count: int, rng: random.Random) -> Dataset:
-    """`count` different pairs whose ratings differ by at least RATING_GAP, the better one chosen."""
-    pairs: dict[tuple[str, str], None] = {}
+    """`count` different pairs whose ratings differ by at least RATING_GAP, the better one chosen, with the ratings."""
+    pairs: dict[tuple[RatedText, RatedText], None] = {}
     while len(pairs) < count:
         a, b = rng.sample(snippets, 2)
         if abs(a.rating - b.rating) >= RATING_GAP:
-            pairs[(a.text, b.text) if a.rating > b.rating else (b.text, a.text)] = None
-    return Dataset.from_dict({"chosen": [pair[0] for pair in pairs], "rejected": [pair[1] for pair in pairs]})
+            pairs[(a, b) if a.rating > b.rating else (b, a)] = None
+    sides = {"chosen": [chosen for chosen, _ in pairs], "rejected": [rejected for _, rejected in pairs]}
+    texts = {side: [snippet.text for snippet in of_side] for side, of_side in sides.items()}
+    ratings = {f"score_{side}": [snippet.rating for snippet in of_side] for side, of_side in sides.items()}
+    return Dataset.from_dict({**texts, **ratings})
 
 
 def split_preferences(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> DemoData:

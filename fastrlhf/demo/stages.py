@@ -58,11 +58,12 @@ def reward(
     )
     trainer = RewardTrainer(base, args, pairs, eval_dataset=data.held_out_pairs, model_init_kwargs=model_options())
     results = _train(workspace, name, trainer)
-    metrics = trainer.evaluate()
+    metrics = trainer.calibrate()
     return {
         **results,
         "accuracy": metrics["eval_accuracy"],
         "ece": metrics["eval_ece"],
+        "ece_calibrated": metrics["eval_ece_calibrated"],
         "log_loss": metrics["eval_loss"],
     }
 
