@@ -98,6 +98,19 @@ class TestTrainer:
                 terms.append(-label * torch.sigmoid(score).log() - (1 - label) * torch.sigmoid(-score).log())
         torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
 
+    def test_accumulated_batches_are_one_batch(self, tmp_path):
+        """Rows with one, two and three labelled steps, one at a time and all together."""
+        weights = []
+        for name, options in (("whole", {}), ("parts", {"gradient_accumulation_steps": 3})):
+            size = {"per_device_train_batch_size": 1 if options else 3, "learning_rate": 1e-2, "weight_decay": 0.0}
+            rows = [*ROWS[:2], {**ROWS[2], "labels": [1.0, 0.0]}]
+            ours = trainer(tmp_path / name, rows, optim="sgd", max_grad_norm=0.0, **size, **options)
+            before = ours.model.score.weight.detach().clone()
+            ours.train()
+            weights.append(ours.model.score.weight.detach())
+            assert not torch.allclose(weights[-1], before, rtol=1e-3)
+        torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
+
     def test_it_learns_and_is_a_reward_function(self, tmp_path):
         rows = [
             {"prompt": f"{a}\n", "steps": [f"{b} good", f"{a} bad"], "labels": [True, False]}

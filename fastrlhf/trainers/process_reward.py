@@ -64,8 +64,9 @@ class ProcessRewardTrainer(BaseTrainer):
             compute_metrics=step_metrics,
             callbacks=callbacks,
         )
-        # The loss is the mean over a batch's steps, so the Trainer divides it by the accumulation steps.
-        self.loss_is_scaled_for_ga = False
+        # The loss is normalised by the steps of the whole accumulated batch, which the collator's `labels` count.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
 
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """[n], log-odds of every step of the batch, in the order of its labels."""
@@ -79,8 +80,11 @@ class ProcessRewardTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        scores, labels = self._scores(model, inputs), inputs["step_labels"]
-        loss = nn.functional.binary_cross_entropy_with_logits(scores, labels)
+        scores, labels = self._scores(model, inputs), inputs["labels"]
+        # Data parallelism averages gradients over the ranks, but the count is already that of all of them.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        denominator = len(labels) if num_items_in_batch is None else num_items_in_batch / ranks
+        loss = nn.functional.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / denominator
         self.record(accuracy=((scores > 0) == (labels > 0.5)).float().mean())
         return (loss, {"scores": scores}) if return_outputs else loss
 
@@ -88,7 +92,7 @@ class ProcessRewardTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        scores, labels = (_padded(x, inputs["counts"].tolist()) for x in (outputs["scores"], inputs["step_labels"]))
+        scores, labels = (_padded(x, inputs["counts"].tolist()) for x in (outputs["scores"], inputs["labels"]))
         return loss, scores, labels
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -114,7 +118,7 @@ class StepCollator:
             )
         steps = [(i, step) for group in groups for i in group for step in range(len(rows[i]["places"]))]
         batch["order"] = torch.tensor(sorted(range(len(steps)), key=steps.__getitem__))
-        batch["step_labels"] = torch.tensor([float(label) for row in rows for label in row["labels"]])
+        batch["labels"] = torch.tensor([float(label) for row in rows for label in row["labels"]])
         batch["counts"] = torch.tensor([len(row["labels"]) for row in rows])
         return batch
 
