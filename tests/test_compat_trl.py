@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from contextlib import nullcontext
 
@@ -39,6 +40,7 @@ def kernel(utils):
     return module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
 
 
+@functools.cache
 def older(version: str, file: str, names: tuple[str, ...]):
     """Functions of an older TRL, taken out of its file: to import all of them takes half a minute."""
     if not (OLDER_TRL / version).is_dir():
