@@ -160,6 +160,7 @@ def _result(plan: DPO, steps: list[dict[str, Any]]) -> dict[str, Any]:
     before = [step["before"].get("reference") for step in counted]
     if None not in before:  # for all pairs, before the training
         found["reference_s"] = statistics.median(before)
+    found["cpu_s"] = statistics.median(step["cpu_seconds"] for step in counted)
     found["peak_mib"] = max(step["peak_mib"] for step in steps)
     return found
 

@@ -5,6 +5,7 @@
 The last line on standard output is JSON: {"iterations": [...]}, each with
 
     seconds         from the end of the one before (the first: from the start of training)
+    cpu_seconds     of all threads in that time: what is left of a comparison on a machine that others use too
     phases          seconds of each phase, as far as the provider tells them apart
     before          the same, of what came before the training
     optimizer_steps counted by torch's own hooks
@@ -244,7 +245,7 @@ def recorder(phases: Phases, memory: Memory, logged: str) -> Any:
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             memory.start()
             self.before, _ = phases.take()
-            self.start = time.perf_counter()
+            self.start, self.cpu = time.perf_counter(), time.process_time()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if logged not in logs:  # not an iteration's
@@ -255,6 +256,7 @@ def recorder(phases: Phases, memory: Memory, logged: str) -> Any:
             self.iterations.append(
                 {
                     "seconds": seconds,
+                    "cpu_seconds": time.process_time() - self.cpu,
                     "phases": spent | named,
                     "before": self.before,
                     "optimizer_steps": steps,
@@ -263,7 +265,7 @@ def recorder(phases: Phases, memory: Memory, logged: str) -> Any:
                     "metrics": {name: x for name, x in logs.items() if isinstance(x, int | float)},
                 }
             )
-            self.start = time.perf_counter()
+            self.start, self.cpu = time.perf_counter(), time.process_time()
 
     return Recorder()
 

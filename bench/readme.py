@@ -28,7 +28,7 @@ FAMILIES = {
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
 ROLLOUT, PPO, DPO = "rollout", "ppo", "dpo"
 PHASES = ("rollout", "reward", "reference", "update", "backward", "optimizer")  # the last two are parts of the update
-DPO_PARTS = ("backward_s", "optimizer_s", "reference_s")
+DPO_PARTS = ("cpu_s", "backward_s", "optimizer_s", "reference_s")
 NOTHING = "No results are committed yet."
 
 
@@ -116,7 +116,7 @@ def dpo_parts(content: dict[str, Any]) -> str:
             title = f"{row['work']}, {row['dtype']}" if name == records.OURS else name
             numbers = (f"{result[key]:.3g}" if key in result else "" for key in DPO_PARTS)
             lines[title] = (title, f"{result['peak_mib'] / 1024:.1f}", report.time(result["median_ms"]), *numbers)
-    head = ["", "GiB", "step", *(key.removesuffix("_s") for key in DPO_PARTS[:-1]), "reference, before the training"]
+    head = ["", "GiB", "step", "of all threads", "backward", "optimizer", "reference, before the training"]
     return table(head, list(lines.values()))
 
 

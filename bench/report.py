@@ -17,6 +17,7 @@ FACTS = {
     "reward_s": "s of reward",
     "reference_s": "s of reference",
     "update_s": "s of update",
+    "cpu_s": "s of all threads",
     "peak_mib": "MiB at the peak",
 }
 

@@ -885,6 +885,7 @@ def made_up_steps(plan, module):
     of_trl = plan.provider == "TRL"
     one = {
         "seconds": 4.0 if of_trl else 1.0,
+        "cpu_seconds": 7.0 if of_trl else 2.0,
         "phases": {"backward": 0.5, "optimizer": 0.1},
         "before": {} if "precompute_ref_log_probs" not in plan.arguments and of_trl else {"reference": 2.0},
         "optimizer_steps": 1,
@@ -959,6 +960,7 @@ class TestDPO:
         found = dpo_step._result(plan, made)
         assert found["repetitions"] == 1
         assert 0 < found["backward_s"] + found["optimizer_s"] < made[1]["seconds"]
+        assert found["cpu_s"] > 0
         assert found["reference_s"] > 0
         assert found["peak_mib"] > 100
 
@@ -968,7 +970,7 @@ class TestDPO:
         content = {**records.environment("cpu"), "family": "dpo", "peers": dpo_step.roll_call(), "complete": True}
         records.write(folder / "dpo.json", content | {"rows": measured_rows[0]})
         made = readme.performance_tables(tmp_path)
-        assert "| TRL fp32 | 1.0 | 4 s | 0.5 | 0.1 | 2 |" in made
+        assert "| TRL fp32 | 1.0 | 4 s | 7 | 0.5 | 0.1 | 2 |" in made
         for block in re.findall(r"(?:^\|.*\n)+", made + "\n", flags=re.MULTILINE):
             assert len({line.count("|") for line in block.splitlines()}) == 1
 
