@@ -65,7 +65,9 @@ def gradients(scorer, batch):
     """Of a PPO loss and a value loss, in one vector of fp32."""
     n = len(batch.tokens)
     old, advantages = torch.full((n,), -5.0), torch.linspace(-1, 1, n)
-    loss, _, values = forward(scorer, batch, loss=lambda tokens: tokens.ppo_loss(old, advantages, torch.ones(n)))
+    loss, _, values = forward(
+        scorer, batch, loss=lambda tokens: tokens.ppo_loss(old, advantages, torch.ones(n)), model_values=True
+    )
     (loss + (values - advantages).square().mean()).backward()
     parts = [p.grad.float().flatten() for p in scorer.parameters() if p.grad is not None]
     scorer.zero_grad()
@@ -80,7 +82,7 @@ def assert_same_gradients(ours, padded):
 
 def assert_packed_is_padded(scorer):
     padded, packed = batches()
-    for ours, theirs in zip(forward(scorer, packed), forward(scorer, padded), strict=True):
+    for ours, theirs in zip(*(forward(scorer, x, model_values=True) for x in (packed, padded)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
     assert_same_gradients(gradients(scorer, packed), gradients(scorer, padded))
 
@@ -164,7 +166,7 @@ def test_value_model(lm_head):
     assert_packed_is_padded(scorer)
     padded, packed = batches()
     ours = scorer.values(packed.input_ids, packed.positions, packed.packing)
-    torch.testing.assert_close(ours, forward(scorer, padded)[2], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours, forward(scorer, padded, model_values=True)[2], rtol=1e-5, atol=2e-5)
 
 
 def test_lora():
