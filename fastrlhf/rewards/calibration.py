@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 BINS = 10
-# A temperature is looked for between these. On pairs that are all in the right order the best one would be 0.
+# A temperature is looked for between these, times the root mean square of the differences. On pairs that are all in the
+# right order the best one would be 0.
 TEMPERATURES = (1e-2, 1e2)
 
 
@@ -70,17 +71,21 @@ def fit_temperature(differences: Tensor) -> float:
 
     differences: [n], score of chosen - score of rejected, of pairs that the model was not trained on.
     The log-loss is convex in 1/T: its derivative is bisected, T held within TEMPERATURES. Dividing all scores by T
-    changes no order. Raises ValueError for an empty tensor or one that is not finite.
+    changes no order. Differences of 0 alone give 1. Raises ValueError for an empty tensor or one that is not finite.
     """
     if differences.numel() == 0 or not differences.isfinite().all():
         raise ValueError(f"differences: {differences.numel()} given, wanted at least one, and all finite")
     differences = differences.double()
+    scale = differences.square().mean().sqrt().item()
+    if scale == 0:
+        return 1.0
+    differences = differences / scale
     low, high = math.log(1 / TEMPERATURES[1]), math.log(1 / TEMPERATURES[0])
     for _ in range(60):  # to the last digit of log(1/T)
         middle = (low + high) / 2
         slope = -(differences * torch.sigmoid(-differences * math.exp(middle))).mean()
         low, high = (middle, high) if slope < 0 else (low, middle)
-    return math.exp(-(low + high) / 2)
+    return scale * math.exp(-(low + high) / 2)
 
 
 def cross_fitted(differences: Tensor) -> Tensor:
