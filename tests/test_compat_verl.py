@@ -314,6 +314,19 @@ def test_fused_linear_in_half_precision():
         ours.linear_cross_entropy(hidden, weight, tokens, reduction="max")
 
 
+def test_a_spread_vocabulary_leaves_the_sum_to_megatron(monkeypatch):
+    """Our op sums the gradient of the hidden states over the ranks, and so will Megatron."""
+    hidden, weight, tokens = randn(6, 8).requires_grad_(), randn(40, 8, seed=1), torch.arange(6)
+    op = ours.F.linear_token_log_probs_and_entropy
+    monkeypatch.setattr(ours.F, "linear_token_log_probs_and_entropy", lambda *head, group, **rest: op(*head, **rest))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: {"two ranks": 2}[group])
+    whole, part = (
+        torch.autograd.grad(ours.linear_cross_entropy(hidden, weight, tokens, 1.0, "sum", group)[0], hidden)[0]
+        for group in (None, "two ranks")
+    )
+    assert torch.equal(whole, 2 * part)
+
+
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_masked_values_change_no_bit(garbage, weighted):

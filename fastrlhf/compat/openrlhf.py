@@ -1,4 +1,4 @@
-"""OpenRLHF (https://github.com/OpenRLHF/OpenRLHF), 0.11: what `fastrlhf.patch("openrlhf")` binds.
+"""OpenRLHF (https://github.com/OpenRLHF/OpenRLHF), 0.11.2: what `fastrlhf.patch("openrlhf")` binds.
 
     import fastrlhf
 
@@ -35,7 +35,7 @@ from fastrlhf.compat._patch import original
 from fastrlhf.functional._checks import FLOATS
 
 PACKAGE = "openrlhf"
-VERSIONS = ">=0.11,<0.12"
+VERSIONS = ">=0.11.2,<0.12"
 UTILS = "openrlhf.models.utils"
 GAE = "openrlhf.trainer.ppo_utils.experience_maker.RemoteExperienceMaker.get_advantages_and_returns"
 

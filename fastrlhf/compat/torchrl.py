@@ -1,4 +1,4 @@
-"""torchrl (https://github.com/pytorch/rl), 0.14: what `fastrlhf.patch("torchrl")` binds.
+"""torchrl (https://github.com/pytorch/rl), 0.11 to 0.14: what `fastrlhf.patch("torchrl")` binds.
 
     import fastrlhf
 
@@ -21,7 +21,7 @@ from fastrlhf.compat._common import cast, discounted_sums, fits
 from fastrlhf.compat._patch import original
 
 PACKAGE = "torchrl"
-VERSIONS = ">=0.14,<0.15"
+VERSIONS = ">=0.11,<0.15"
 FUNCTIONAL = "torchrl.objectives.value.functional"
 
 

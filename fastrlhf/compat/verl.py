@@ -1,4 +1,4 @@
-"""verl (https://github.com/volcengine/verl), 0.9: what `fastrlhf.patch("verl")` binds.
+"""verl (https://github.com/volcengine/verl), 0.9.1: what `fastrlhf.patch("verl")` binds.
 
     import fastrlhf
 
@@ -37,7 +37,7 @@ from fastrlhf.compat._verl_policy_losses import (
 from fastrlhf.functional._checks import FLOATS
 
 PACKAGE = "verl"
-VERSIONS = ">=0.9,<0.10"
+VERSIONS = ">=0.9.1,<0.10"
 FUNCTIONAL = "verl.utils.torch_functional"
 FUSED = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
 KERNEL = "verl.utils.kernel.linear_cross_entropy.linear_cross_entropy"
