@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.bench.peers.base import bare, keep
+from fastrlhf.compat import _verl_policy_losses, _verl_vocabulary
 from fastrlhf.compat import verl as ours
 
 pytestmark = pytest.mark.usefixtures("peers")
@@ -297,7 +298,7 @@ def test_fused_linear(three, temperature, seed, verl):
         return outcome(results, [hidden, weight], [0, 1])
 
     (log_probs, entropies), _ = theirs
-    for how, reduce in ours.REDUCTIONS.items():
+    for how, reduce in _verl_vocabulary.REDUCTIONS.items():
         (mine, entropy), _ = reduced(how)
         torch.testing.assert_close(mine, reduce(log_probs.flatten()))
         torch.testing.assert_close(entropy, entropies.flatten())
@@ -385,13 +386,20 @@ def test_no_tokens_no_loss(name):
 
 def test_what_goes_back_to_verl(monkeypatch, verl):
     """fp64, and shapes that broadcast."""
-    monkeypatch.setattr(ours, "original", lambda place: getattr(verl, place.rpartition(".")[2]))
+    for module in (ours, _verl_policy_losses, _verl_vocabulary):
+        monkeypatch.setattr(module, "original", lambda place: getattr(verl, place.rpartition(".")[2]))
     x, mask = randn(3, 5).double(), torch.ones(3, 5)
     assert ours.masked_mean(x, mask).dtype == torch.float64
     assert ours.agg_loss(x, mask, "token-mean").dtype == torch.float64
     assert ours.logprobs_from_logits(x, torch.zeros(3, dtype=torch.int64)).dtype == torch.float64
     torch.testing.assert_close(ours.masked_mean(randn(3, 5), mask, (0, 1)), randn(3, 5).mean())
     torch.testing.assert_close(ours.masked_sum(randn(3, 5), mask[:, :1]), randn(3, 5).sum())
+    config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None, global_batch_info={})
+    for name in POLICY_LOSSES:
+        loss, _ = getattr(ours, f"compute_policy_loss_{name}")(x, x, x, mask, config=config)
+        assert loss.dtype == torch.float64
+        with pytest.raises(ValueError, match="config"):
+            getattr(ours, f"compute_policy_loss_{name}")(x, x, x, mask)
 
 
 def test_signatures(verl):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,34 +52,60 @@ def aggregation_of(
     return aggregation, count if count is None or dp_size == 1 else count / dp_size
 
 
-def compute_policy_loss_vanilla(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-    *,
-    exact_dtype: bool = False,
-) -> tuple[Tensor, dict[str, Any]]:
+def _as_verl_calls_it(loss_agg_mode: str = "token-mean") -> Callable[[Callable], Callable]:
+    """Makes of (log_prob, old, advantages, mask as bool, mode, (clip_low, clip_high), config, weights) -> (loss,
+    metrics) a function with verl's signature, which leaves to verl what we don't take."""
+    default = loss_agg_mode
+
+    def wrap(policy_loss: Callable) -> Callable:
+        def call(
+            old_log_prob: Tensor,
+            log_prob: Tensor,
+            advantages: Tensor,
+            response_mask: Tensor,
+            loss_agg_mode: str = default,
+            config: Any = None,
+            rollout_is_weights: Tensor | None = None,
+            *,
+            exact_dtype: bool = False,
+        ) -> tuple[Tensor, dict[str, Any]]:
+            if config is None:
+                raise ValueError("config: got None, wanted verl's ActorConfig")
+            if log_prob.dim() != 2 or not fits(
+                log_prob, old_log_prob, advantages, rollout_is_weights, mask=response_mask
+            ):
+                theirs = original(f"{ALGOS}.{policy_loss.__name__}")
+                arguments = (old_log_prob, log_prob, advantages, response_mask)
+                return theirs(*arguments, loss_agg_mode, config, rollout_is_weights)
+            mask = response_mask.to(torch.bool)
+            low, high = config.clip_ratio_low, config.clip_ratio_high
+            clip = (config.clip_ratio if low is None else low, config.clip_ratio if high is None else high)
+            loss, metrics = policy_loss(
+                log_prob, old_log_prob, advantages, mask, loss_agg_mode, clip, config, rollout_is_weights
+            )
+            return cast(loss, exact_dtype, log_prob, old_log_prob, advantages, response_mask), metrics
+
+        for name in ("__name__", "__qualname__", "__doc__"):
+            setattr(call, name, getattr(policy_loss, name))
+        return call
+
+    return wrap
+
+
+@_as_verl_calls_it()
+def compute_policy_loss_vanilla(log_prob, old_log_prob, advantages, mask, mode, clip, config, weights):
     """(loss, metrics) of PPO with dual clip, everything [B, T]. config: verl's ActorConfig."""
-    low, high = _clip_range(config)
-    if not _ours(log_prob, old_log_prob, advantages, rollout_is_weights, mask=response_mask):
-        arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        return original(f"{ALGOS}.compute_policy_loss_vanilla")(*arguments)
-    mask = response_mask.to(torch.bool)
-    aggregation, denominator = aggregation_of(mask, loss_agg_mode, **config.global_batch_info)
+    aggregation, denominator = aggregation_of(mask, mode, **config.global_batch_info)
     loss, stats = F.ppo_loss(
         log_prob,
         old_log_prob,
         advantages,
         mask,
-        clip_low=low,
-        clip_high=high,
+        clip_low=clip[0],
+        clip_high=clip[1],
         dual_clip=config.get("clip_ratio_c", 3.0),
         log_ratio_clamp=CLAMP,
-        weights=rollout_is_weights,
+        weights=weights,
         ref_log_probs=old_log_prob,  # so that the statistics have the mean of the log-ratios
         kl_estimator="k1",
         aggregation=aggregation,
@@ -88,125 +115,68 @@ def compute_policy_loss_vanilla(
     clipped, dual_clipped, kl, smallest, largest = torch.stack(numbers).tolist()
     if not 1 / BEYOND < smallest <= largest < BEYOND:  # also where they are nan
         kl = F.masked_mean((log_prob.detach() - old_log_prob).clamp(-CLAMP, CLAMP), mask).item()
-    loss = cast(loss, exact_dtype, log_prob, old_log_prob, advantages, response_mask)
     return loss, _metrics(clipped, -kl, dual_clipped)
 
 
-def compute_policy_loss_gspo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-    *,
-    exact_dtype: bool = False,
-) -> tuple[Tensor, dict[str, Any]]:
+@_as_verl_calls_it("seq-mean-token-mean")
+def compute_policy_loss_gspo(log_prob, old_log_prob, advantages, mask, mode, clip, config, weights):
     """(loss, metrics) of GSPO (arXiv:2507.18071): the sequence's mean log-ratio, at most 10, for each of its tokens,
     with that token's gradient."""
-    low, high = _clip_range(config)
-    if not _ours(log_prob, old_log_prob, advantages, rollout_is_weights, mask=response_mask):
-        arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        return original(f"{ALGOS}.compute_policy_loss_gspo")(*arguments)
-    mask = response_mask.to(torch.bool)
     with torch.no_grad():
         log_ratio = F.masked_mean(log_prob.float() - old_log_prob.float(), mask, dim=-1)
         lengths = mask.sum(-1)
         kl = -(log_ratio * lengths).sum() / lengths.sum().clamp(min=1)
     held = (log_ratio > 10.0).unsqueeze(-1)
-    aggregation, denominator = aggregation_of(mask, loss_agg_mode, **config.global_batch_info)
+    aggregation, denominator = aggregation_of(mask, mode, **config.global_batch_info)
     loss, stats = F.ppo_loss(
         torch.where(held, 0.0, log_prob - log_prob.detach()),  # nothing but its gradient
         -log_ratio.clamp(max=10.0).unsqueeze(-1).expand_as(log_prob),
         advantages,
         mask,
-        clip_low=low,
-        clip_high=high,
+        clip_low=clip[0],
+        clip_high=clip[1],
         log_ratio_clamp=None,
-        weights=rollout_is_weights,
+        weights=weights,
         aggregation=aggregation,
         denominator=denominator,
     )
     clipped, kl = torch.stack((stats.clip_fraction, kl)).tolist()
-    loss = cast(loss, exact_dtype, log_prob, old_log_prob, advantages, response_mask)
     return loss, _metrics(clipped, kl, 0.0)
 
 
-def compute_policy_loss_geo_mean(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-    *,
-    exact_dtype: bool = False,
-) -> tuple[Tensor, dict[str, Any]]:
+@_as_verl_calls_it()
+def compute_policy_loss_geo_mean(log_prob, old_log_prob, advantages, mask, mode, clip, config, weights):
     """(loss, metrics) of GMPO (arXiv:2507.20673): log-ratios clipped token by token, their mean in each sequence, and
     the mean over the B sequences, whatever loss_agg_mode is."""
-    low, high = _clip_range(config)
-    if not _ours(log_prob, old_log_prob, advantages, rollout_is_weights, mask=response_mask):
-        arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        return original(f"{ALGOS}.compute_policy_loss_geo_mean")(*arguments)
-    mask = response_mask.to(torch.bool)
+    low, high = clip
     log_ratio = torch.where(mask, log_prob.float() - old_log_prob.float(), 0.0)
     good, bad = advantages > 0, advantages < 0
     worse = torch.where(good, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
     worse = torch.where(good | bad, worse, 0.0)
     losses = -F.masked_mean(advantages, mask, dim=-1) * F.masked_mean(worse, mask, dim=-1).exp()
-    if rollout_is_weights is not None:
-        losses = losses * F.masked_mean((rollout_is_weights + 1e-10).log(), mask, dim=-1).exp()
+    if weights is not None:
+        losses = losses * F.masked_mean((weights + 1e-10).log(), mask, dim=-1).exp()
     with torch.no_grad():
         clipped = log_ratio != log_ratio.clamp(-low, high)
         fractions = (F.masked_mean((clipped & side).float(), mask) for side in (good, bad))
         above, below, kl = torch.stack((*fractions, F.masked_mean(log_ratio, mask))).tolist()
-    loss = cast(losses.mean(), exact_dtype, log_prob, old_log_prob, advantages, response_mask)
-    return loss, _metrics(above, -kl, below)
+    return losses.mean(), _metrics(above, -kl, below)
 
 
-def compute_policy_loss_cispo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-    *,
-    exact_dtype: bool = False,
-) -> tuple[Tensor, dict[str, Any]]:
+@_as_verl_calls_it()
+def compute_policy_loss_cispo(log_prob, old_log_prob, advantages, mask, mode, clip, config, weights):
     """(loss, metrics) of CISPO (arXiv:2506.13585): log-probs times constants, clipped ratios and advantages."""
-    low, high = _clip_range(config)
-    if not _ours(log_prob, old_log_prob, advantages, rollout_is_weights, mask=response_mask):
-        arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        return original(f"{ALGOS}.compute_policy_loss_cispo")(*arguments)
-    mask = response_mask.to(torch.bool)
     with torch.no_grad():
         log_ratio = (log_prob.float() - old_log_prob.float()).clamp(-CLAMP, CLAMP)
         ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - low, 1 + high)
-        weights = -clipped * advantages * (1.0 if rollout_is_weights is None else rollout_is_weights)
-        weights = torch.where(mask, weights, 0.0)  # it multiplies the gradients of what does not count, too
+        clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+        factors = -clipped * advantages * (1.0 if weights is None else weights)
+        factors = torch.where(mask, factors, 0.0)  # it multiplies the gradients of what does not count, too
         numbers = (F.masked_mean((ratio != clipped).float(), mask), F.masked_mean(log_ratio, mask))
         fraction, kl = torch.stack(numbers).tolist()
-    aggregation, denominator = aggregation_of(mask, loss_agg_mode, **config.global_batch_info)
-    loss = aggregate(weights * log_prob, mask, aggregation, denominator)
-    loss = cast(loss, exact_dtype, log_prob, old_log_prob, advantages, response_mask)
+    aggregation, denominator = aggregation_of(mask, mode, **config.global_batch_info)
+    loss = aggregate(factors * log_prob, mask, aggregation, denominator)
     return loss, _metrics(fraction, -kl, 0.0)
-
-
-def _clip_range(config: Any) -> tuple[float, float]:
-    """(clip_low, clip_high) of verl's ActorConfig."""
-    if config is None:
-        raise ValueError("config: got None, wanted verl's ActorConfig")
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    return config.clip_ratio if low is None else low, config.clip_ratio if high is None else high
-
-
-def _ours(log_prob: Tensor, *others: Tensor | None, mask: Tensor) -> bool:
-    return log_prob.dim() == 2 and fits(log_prob, *others, mask=mask)
 
 
 def _metrics(clipped: float, kl: float, clipped_below: float) -> dict[str, float]:
