@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import functional as F
+from fastrlhf.compat._common import cast, entropy, rows
 from fastrlhf.compat._heads import in_one_dtype, mean_logit
 from fastrlhf.compat._patch import original
 from fastrlhf.functional._checks import FLOATS
@@ -40,8 +41,8 @@ def selective_log_softmax(
     if not _ours(logits, index, row_mask):
         options = {} if temperature == 1.0 and row_mask is None else {"temperature": temperature, "row_mask": row_mask}
         return original(f"{UTILS}.selective_log_softmax")(logits, index, **options)
-    log_probs = F.token_log_probs(_rows(logits), _only(index, row_mask), temperature=temperature)
-    return log_probs.to(logits.dtype) if exact_dtype else log_probs
+    log_probs = F.token_log_probs(rows(logits), _only(index, row_mask), temperature=temperature)
+    return cast(log_probs, exact_dtype, logits)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128, *, exact_dtype: bool = False) -> Tensor:
@@ -51,9 +52,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128, *, exact_dtype: b
     """
     if logits.dtype not in FLOATS:
         return original(f"{UTILS}.entropy_from_logits")(logits, chunk_size)
-    tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    entropy = F.token_log_probs_and_entropy(_rows(logits), tokens)[1]
-    return entropy.to(logits.dtype) if exact_dtype else entropy
+    return cast(entropy(logits), exact_dtype, logits)
 
 
 def selective_log_softmax_and_entropy(
@@ -73,10 +72,9 @@ def selective_log_softmax_and_entropy(
     if not _ours(logits, index, row_mask):
         theirs = original(f"{UTILS}.selective_log_softmax_and_entropy")
         return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
-    tokens = _only(index, row_mask)
-    results = F.token_log_probs_and_entropy(_rows(logits), tokens, temperature=temperature)
-    log_probs, entropy = (x.to(logits.dtype) for x in results) if exact_dtype else results
-    return log_probs, entropy if entropy_requires_grad else entropy.detach()
+    results = F.token_log_probs_and_entropy(rows(logits), _only(index, row_mask), temperature=temperature)
+    log_probs, entropies = (cast(x, exact_dtype, logits) for x in results)
+    return log_probs, entropies if entropy_requires_grad else entropies.detach()
 
 
 def _check(temperature: float) -> None:
@@ -92,10 +90,6 @@ def _ours(logits: Tensor, index: Tensor, row_mask: Tensor | None) -> bool:
 
 def _only(index: Tensor, row_mask: Tensor | None) -> Tensor:
     return index if row_mask is None else torch.where(row_mask == 0, -100, index)
-
-
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 class ChunkedLogProbFunction:
@@ -171,8 +165,8 @@ def _more(hidden, weight, bias, temperature, softcap, targets, outputs) -> dict[
     if wanted == ["mean_logits"] and softcap is None:
         return {"mean_logits": mean_logit(hidden, weight, bias) / temperature}
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    rows = max(128, ROWS_BYTES // (4 * weight.shape[0]))
-    for x, y in zip(hidden.split(rows), targets.split(rows), strict=True) if wanted else ():
+    count = max(128, ROWS_BYTES // (4 * weight.shape[0]))
+    for x, y in zip(hidden.split(count), targets.split(count), strict=True) if wanted else ():
         logits = torch.nn.functional.linear(x, weight, bias).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
