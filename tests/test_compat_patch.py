@@ -228,6 +228,7 @@ def test_what_every_module_says_of_itself(framework):
     assert all(place.split(".")[0] == ours.PACKAGE and callable(x) for place, x in ours.REPLACEMENTS.items())
     assert set(getattr(ours, "OPTIONAL", {})) | set(getattr(ours, "MORE_ACCURATE", {})) <= set(ours.REPLACEMENTS)
     assert all(x.__doc__ for x in ours.REPLACEMENTS.values())
+    assert len(set(ours.REPLACEMENTS.values())) == len(ours.REPLACEMENTS)
 
 
 class TestAtImport:

@@ -5,7 +5,7 @@ A module `fastrlhf.compat.<framework>` says what there is to do:
 PACKAGE, DISTRIBUTION: its import name, and the distribution's name where that is another.
 VERSIONS: the versions that it knows, as a specifier.
 REPLACEMENTS: {place of definition: ours}, such as "trl.trainer.utils.selective_log_softmax"; methods as
-    "package.module.Class.method".
+    "package.module.Class.method". One of ours has one place: by itself it tells what to restore.
     A function whose results have another dtype than the framework's has a keyword argument exact_dtype, a class an
     attribute of that name: True gives them in the framework's dtype.
 OPTIONAL: {place: the versions that have it}, for those that not all of them have.
