@@ -68,10 +68,10 @@ def compute_gae_advantage_return(
         return theirs(token_level_rewards, values, response_mask, gamma, lam)
     mask = response_mask.to(torch.bool)
     with torch.no_grad():
-        scores = token_level_rewards.new_zeros(mask.shape[0])
-        # There is no KL penalty: its two log-probs are values, of which the kernel reads every line only once.
+        scores, v = token_level_rewards.new_zeros(mask.shape[0]), values.float()
+        # There is no KL penalty: its two log-probs are the values, of which every line is read only once.
         target = F.rollout_advantages(
-            *(scores, values, values, values, mask),
+            *(scores, v, v, v, mask),
             kl_coef=0.0,
             token_rewards=token_level_rewards,
             gamma=float(gamma),
