@@ -557,7 +557,10 @@ class TestSuite:
 
     def test_arguments_that_make_no_sense_are_refused(self, capsys):
         assert main(["bench"]) == 2
-        assert "wanted `bench kernels`, `bench rollout`, `bench ppo`, `bench compat` or" in capsys.readouterr().err
+        assert (
+            "wanted `bench kernels`, `bench rollout`, `bench ppo`, `bench dpo`, `bench compat` or"
+            in capsys.readouterr().err
+        )
         if not torch.cuda.is_available():
             assert main(["bench", "kernels", "--device", "cuda"]) == 2
             assert "torch finds no GPU" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from ppo_runs import count_letters, first_log, trainer
 from fastrlhf.rewards import RewardError
 from fastrlhf.trainers import last_checkpoint
 from fastrlhf.trainers.ppo.guards import TrainingStopped, gradient_norm
+from fastrlhf.trainers.ppo.losses import Losses
 
 
 def weights(ours):
@@ -104,38 +105,44 @@ class TestRewards:
 
 
 class TestGradients:
-    def spoil(self, ours, calls, value):
-        """Let the gradient of these micro-batches, counted from 1, not be finite."""
-        count, losses = [], ours.losses
+    @pytest.fixture
+    def spoil(self, monkeypatch):
+        """spoil(calls, value): let the gradient of these micro-batches, counted from 1, not be finite."""
 
-        def spoiled(*args, **kwargs):
-            count.append(1)
-            loss, *rest = losses(*args, **kwargs)
-            return (loss * value if len(count) in calls else loss, *rest)
+        def spoil(calls, value):
+            count, policy = [], Losses.policy
 
-        ours.losses = spoiled
-        return ours
+            def spoiled(*args, **kwargs):
+                count.append(1)
+                loss, *rest = policy(*args, **kwargs)
+                return (loss * value if len(count) in calls else loss, *rest)
+
+            monkeypatch.setattr(Losses, "policy", spoiled)
+
+        return spoil
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_the_step_is_skipped(self, tmp_path, value):
-        ours = self.spoil(trainer(tmp_path, max_steps=1, num_ppo_epochs=2, num_mini_batches=2), {1}, value)
+    def test_the_step_is_skipped(self, tmp_path, spoil, value):
+        spoil({1}, value)
+        ours = trainer(tmp_path, max_steps=1, num_ppo_epochs=2, num_mini_batches=2)
         before = weights(ours)
         ours.train()
         assert same(before, weights(ours))
         assert ours.skipped.total == 1
 
-    def test_steps_before_it_stay(self, tmp_path):
+    def test_steps_before_it_stay(self, tmp_path, spoil):
         """A mini-batch has two micro-batches: the fifth is in the third of four optimiser steps."""
-        options = {"max_steps": 1, "num_ppo_epochs": 2, "num_mini_batches": 2, "warmup_steps": 0}
-        ours = self.spoil(trainer(tmp_path, **options), {5}, math.nan)
+        spoil({5}, math.nan)
+        ours = trainer(tmp_path, max_steps=1, num_ppo_epochs=2, num_mini_batches=2, warmup_steps=0)
         before = weights(ours)
         ours.train()
         after = weights(ours)
         assert not same(before, after)
         assert all(x.isfinite().all() for x in after.values())
 
-    def test_the_run_ends_with_a_dump(self, tmp_path):
-        ours = self.spoil(trainer(tmp_path, max_steps=2, max_skipped_steps=0), {1}, math.nan)
+    def test_the_run_ends_with_a_dump(self, tmp_path, spoil):
+        spoil({1}, math.nan)
+        ours = trainer(tmp_path, max_steps=2, max_skipped_steps=0)
         with pytest.raises(TrainingStopped, match="at step 1 the loss is nan, the norm of the gradient nan"):
             ours.train()
         rows = json.loads((tmp_path / "out" / "skipped-batch-1.json").read_text())["rows"]
