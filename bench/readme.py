@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.bench import accuracy, compat_training, ppo_learning, records, report
+from fastrlhf.compare import report as compare
+from fastrlhf.compare.table import rows as compare_rows
 from fastrlhf.demo.report import measures, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,24 @@ def demo_table(folder: Path) -> str:
         body = table(["", "SFT", "PPO"], rows(summary))
         parts.append(f"{summary['machine']}:\n\n{body}\n\n{measures(summary)}")
     return "\n\n".join(parts)
+
+
+def compare_table(folder: Path) -> str:
+    """The comparison's table, figure and claims, once they are measured."""
+    path = folder / "quality" / compare.SUMMARY
+    if not path.exists():
+        return ""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    seeds = summary["seeds"]
+    return "\n\n".join(
+        [
+            f"{summary['machine']}, {seeds} seeds, {compare.closing(summary)}",
+            table(*compare_rows(summary["table"])),
+            f"![gold and proxy score against the distance from SFT](bench/results/quality/{compare.FIGURE})",
+            table(*compare.fitted_rows(summary)),
+            "\n".join(f"- {line}" for line in compare.claim_lines(summary)),
+        ]
+    )
 
 
 def performance_tables(folder: Path) -> str:
@@ -269,12 +289,17 @@ def _ratio(x: float | None, target: tuple[float, float | None, bool | None] | No
 
 def with_tables(text: str, folder: Path = RESULTS) -> str:
     """A page with what stands between its table markers made anew."""
-    tables = {"demo table": demo_table, "performance tables": performance_tables, "compat tables": compat_tables}
+    tables = {
+        "demo table": demo_table,
+        "compare table": compare_table,
+        "performance tables": performance_tables,
+        "compat tables": compat_tables,
+    }
     for name in (name for name in tables if f"<!-- {name} -->" in text):
         body = tables[name](folder)
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}",
+            lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}" if body else match[1] + match[2],
             text,
             flags=re.DOTALL,
         )

@@ -23,6 +23,7 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   judge               preferences from a judge: which of two answers a language model finds better
   constitutional      preferences from a language model that criticises and revises its answers by principles
   pareto              runs with several objectives as one table: which of them are simply worse
+  compare             SFT, best-of-n, rejection sampling, DPO, PPO and GRPO on the demo's data, in one measured table
   demo                the whole way on real human ratings, on a laptop
   env                 versions, the machine, and which backend serves which op
   bench               bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding;
@@ -163,6 +164,7 @@ COMMANDS = {name: _train(name) for name in ("sft", "reward", "process-reward", "
     "judge": _elsewhere("fastrlhf.feedback.judge_run", "main"),
     "constitutional": _elsewhere("fastrlhf.feedback.constitutional_run", "main"),
     "pareto": _elsewhere("fastrlhf.cli_pareto", "main"),
+    "compare": _elsewhere("fastrlhf.compare", "run_from_command_line"),
     "demo": _elsewhere("fastrlhf.demo", "run_from_command_line"),
     "env": env,
     "bench": bench,

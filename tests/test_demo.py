@@ -204,18 +204,18 @@ def test_the_whole_demo_on_a_tiny_model_interrupted_once(tmp_path, monkeypatch):
         output_dir=str(tmp_path / "run"),
         cache_dir=str(tmp_path / "cache"),
     )
-    train = stages._train
+    train = stages.train
 
     def interrupted(workspace, name, trainer):
         if name == "ppo":
             trainer.add_callback(StopAt)
         return train(workspace, name, trainer)
 
-    monkeypatch.setattr(stages, "_train", interrupted)
+    monkeypatch.setattr(stages, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.run(args)
     assert (tmp_path / "run" / "ppo" / f"checkpoint-{QUICK.checkpoint_steps}").exists()
-    monkeypatch.setattr(stages, "_train", train)
+    monkeypatch.setattr(stages, "train", train)
     summary = demo.run(args)
 
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -21,17 +21,11 @@ def run_from_command_line(argv: Sequence[str]) -> None:
 
 def run(args: DemoArguments) -> dict:
     """Every stage in order; a finished stage is not repeated, an interrupted one goes on. Returns the summary."""
-    from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
     from fastrlhf.demo import judgement, report, stages
     from fastrlhf.demo.data import load_demo_data
     from fastrlhf.demo.workspace import Workspace
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    logging.getLogger("fastrlhf").setLevel(logging.ERROR)
+    quiet()
     console = Console()
     recipe = args.recipe()
     workspace = Workspace(args.output_dir, console, {"model": args.model, "dataset": args.dataset, **recipe.as_dict()})
@@ -48,3 +42,14 @@ def run(args: DemoArguments) -> dict:
     workspace.stage("ppo", "PPO: write what the reward model likes, close to SFT", stages.ppo, data, recipe)
     workspace.stage("eval", "Judgement on held-out prompts", judgement.judge, data, recipe)
     return report.write(workspace)
+
+
+def quiet() -> None:
+    """Leave the terminal to the stages."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    logging.getLogger("fastrlhf").setLevel(logging.ERROR)

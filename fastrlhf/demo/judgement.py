@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,61 +27,90 @@ VADER_POSITIVE = 0.05
 TEXTS_FILE = "texts.jsonl"
 
 
+@dataclass
+class Responses:
+    """One response of a policy to each of P prompts.
+
+    texts: without special tokens. lengths: [P], in tokens, EOS included. log_ratio: [P], log-prob under the policy less
+    that under the reference, whose mean estimates the KL, in nats; None where there is no reference.
+    """
+
+    texts: list[str]
+    lengths: torch.Tensor
+    log_ratio: torch.Tensor | None = None
+
+    def measures(self, scores: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Means over the responses. scores: [P] by each judge."""
+        means = {f"{judge}_mean": each.mean().item() for judge, each in scores.items()}
+        means["positive_share"] = (scores["vader"] >= VADER_POSITIVE).float().mean().item()
+        means["length"] = self.lengths.float().mean().item()
+        means["distinct_2"] = distinct_n([text.split() for text in self.texts], 2)
+        if self.log_ratio is not None:
+            means["kl"] = self.log_ratio.mean().item()
+            means["kl_standard_error"] = (self.log_ratio.std() / math.sqrt(len(self.log_ratio))).item()
+        return means
+
+
 def judge(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
     """Sample both policies on the same prompts, score the texts with both judges, and compare."""
     prompts = data.eval_prompts["prompt"]
-    tokenizer = AutoTokenizer.from_pretrained(workspace.stage_folder("ppo"))
-    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    sampling = SamplingParams(recipe.response_length, seed=recipe.seed + 1)
-    rollouts, texts = {}, {}
-    log_probs: dict[str, torch.Tensor] = {}
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", model_options()["dtype"]
-
-    def load(policy: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(workspace.stage_folder(policy), dtype=dtype).eval().to(device)
-
-    for policy in ("sft", "ppo"):
-        model = load(policy)
-        rollouts[policy] = NativeEngine(model, tokenizer).generate(prompt_ids, sampling)
-        texts[policy] = rollouts[policy].texts(tokenizer)
-        if policy == "ppo":
-            log_probs["ppo"] = response_log_probs(model, rollouts["ppo"])
-        del model
-    reference = load("sft")
-    log_probs["sft"] = response_log_probs(reference, rollouts["ppo"])
-    kl = log_probs["ppo"] - log_probs["sft"]
-    del reference
-    gc.collect()
-
-    gold = RewardModel(workspace.stage_folder("gold"), dtype=dtype).to(device)
-    proxy = RewardModel(workspace.stage_folder("reward_model"), dtype=dtype).to(device)
-    vader = vader_score()
-    judges: dict[str, Callable[..., list[float]]] = {"gold": gold, "proxy": proxy, "vader": vader}
-    scores = {p: {j: torch.tensor(score(prompts, texts[p])) for j, score in judges.items()} for p in texts}
+    sft = workspace.stage_folder("sft")
+    responses = {
+        "sft": respond(sft, prompts, recipe),
+        "ppo": respond(workspace.stage_folder("ppo"), prompts, recipe, reference=sft),
+    }
+    judges = {
+        "gold": reward_model(workspace.stage_folder("gold")),
+        "proxy": reward_model(workspace.stage_folder("reward_model")),
+        "vader": vader_score(),
+    }
+    scores = {
+        policy: {who: torch.tensor(score(prompts, each.texts)) for who, score in judges.items()}
+        for policy, each in responses.items()
+    }
     with open(workspace.folder / TEXTS_FILE, "w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):
-            row = {p: {"text": texts[p][i], **{j: scores[p][j][i].item() for j in judges}} for p in texts}
+            row = {
+                policy: {"text": each.texts[i], **{who: scores[policy][who][i].item() for who in judges}}
+                for policy, each in responses.items()
+            }
             file.write(json.dumps({"prompt": prompt, **row}, ensure_ascii=False) + "\n")
 
-    results: dict[str, Any] = {
-        policy: {
-            "gold_mean": scores[policy]["gold"].mean().item(),
-            "proxy_mean": scores[policy]["proxy"].mean().item(),
-            "vader_mean": scores[policy]["vader"].mean().item(),
-            "positive_share": (scores[policy]["vader"] >= VADER_POSITIVE).float().mean().item(),
-            "length": rollouts[policy].lengths.float().mean().item(),
-            "distinct_2": distinct_n([text.split() for text in texts[policy]], 2),
-        }
-        for policy in texts
-    }
-    results["ppo"]["kl"] = kl.mean().item()
-    results["ppo"]["kl_standard_error"] = (kl.std() / math.sqrt(len(kl))).item()
+    results: dict[str, Any] = {policy: each.measures(scores[policy]) for policy, each in responses.items()}
     results["ppo"]["length_ratio"] = results["ppo"]["length"] / results["sft"]["length"]
-    for j in ("gold", "vader"):
-        rate, low, high = win_rate(scores["ppo"][j], scores["sft"][j])
-        results["ppo"][f"win_rate_{j}"] = rate
-        results["ppo"][f"win_rate_{j}_interval"] = [low, high]
+    for who in ("gold", "vader"):
+        rate, low, high = win_rate(scores["ppo"][who], scores["sft"][who])
+        results["ppo"][f"win_rate_{who}"] = rate
+        results["ppo"][f"win_rate_{who}_interval"] = [low, high]
     return results
+
+
+def respond(policy: str, prompts: list[str], recipe: Recipe, reference: str | None = None) -> Responses:
+    """Sample the model in the folder `policy`; its responses are compared with the model in the folder `reference`."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    sampling = SamplingParams(recipe.response_length, seed=recipe.seed + 1)
+    model = load_policy(policy)
+    rollout = NativeEngine(model, tokenizer).generate([tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
+    log_ratio = None
+    if reference is not None:
+        log_ratio = response_log_probs(model, rollout)
+        del model
+        log_ratio -= response_log_probs(load_policy(reference), rollout)
+    gc.collect()
+    return Responses(rollout.texts(tokenizer), rollout.lengths, log_ratio)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_policy(folder: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=model_options()["dtype"]).eval().to(device())
+
+
+def reward_model(folder: str, **options: Any) -> RewardModel:
+    """The reward model in a folder, ready to score. options: of RewardModel."""
+    return RewardModel(folder, dtype=model_options()["dtype"], **options).to(device())
 
 
 @torch.no_grad()

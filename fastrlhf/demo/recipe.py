@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+
+R = TypeVar("R", bound=Recipe)
 
 QUICK = replace(
     Recipe(),
@@ -82,6 +84,10 @@ class DemoArguments:
             self.output_dir = "runs/demo-quick" if self.quick else "runs/demo"
 
     def recipe(self) -> Recipe:
-        recipe = replace(QUICK if self.quick else Recipe(), seed=self.seed)
+        return self.adapted(QUICK if self.quick else Recipe())
+
+    def adapted(self, recipe: R) -> R:
+        """A recipe for this seed and data set."""
+        recipe = replace(recipe, seed=self.seed)
         # Pairs of a data set share no texts, so a step takes fewer; and its answers are longer than snippets.
         return recipe if self.dataset == "snippets" else replace(recipe, reward_pairs=16, response_length=64)

@@ -1,7 +1,8 @@
-"""The three trainings of the demo."""
+"""The trainings of the demo."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from fastrlhf.demo.data import DemoData
 from fastrlhf.demo.recipe import Recipe
 from fastrlhf.demo.workspace import Workspace
+from fastrlhf.rewards import RewardModel
 from fastrlhf.trainers import (
     PPOConfig,
     PPOTrainer,
@@ -36,28 +38,29 @@ def model_options() -> dict[str, Any]:
 
 def sft(workspace: Workspace, name: str, base: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
     args = SFTConfig(
-        **_common(workspace, name, recipe),
+        **common_options(workspace, name, recipe),
         max_steps=recipe.sft_steps,
         per_device_train_batch_size=recipe.sft_batch_size,
         learning_rate=recipe.sft_learning_rate,
     )
     trainer = SFTTrainer(base, args, data.texts, model_init_kwargs=model_options())
-    return _train(workspace, name, trainer)
+    return train(workspace, name, trainer)
 
 
 def reward(
-    workspace: Workspace, name: str, base: str, pairs: Dataset, data: DemoData, recipe: Recipe
+    workspace: Workspace, name: str, base: str, pairs: Dataset, data: DemoData, recipe: Recipe, **options: Any
 ) -> dict[str, Any]:
-    args = RewardConfig(
-        **_common(workspace, name, recipe),
-        max_steps=recipe.reward_steps,
-        per_device_train_batch_size=recipe.reward_pairs,
-        per_device_eval_batch_size=4 * recipe.reward_pairs,  # texts that pairs share are read once a batch
-        learning_rate=recipe.reward_learning_rate,
-        train_sampling_strategy="sequential",  # keeps each block of comparisons together
-    )
+    """options: other settings of RewardConfig."""
+    settings = {
+        "max_steps": recipe.reward_steps,
+        "per_device_train_batch_size": recipe.reward_pairs,
+        "per_device_eval_batch_size": 4 * recipe.reward_pairs,  # texts that pairs share are read once a batch
+        "learning_rate": recipe.reward_learning_rate,
+        "train_sampling_strategy": "sequential",  # keeps each block of comparisons together
+    }
+    args = RewardConfig(**common_options(workspace, name, recipe), **{**settings, **options})
     trainer = RewardTrainer(base, args, pairs, eval_dataset=data.held_out_pairs, model_init_kwargs=model_options())
-    results = _train(workspace, name, trainer)
+    results = train(workspace, name, trainer)
     metrics = trainer.calibrate()
     return {
         **results,
@@ -68,28 +71,40 @@ def reward(
     }
 
 
-def ppo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
-    args = PPOConfig(
-        **_common(workspace, name, recipe, lr_scheduler_type="constant_with_warmup"),
-        max_steps=recipe.ppo_steps,
-        rollout_batch_size=recipe.rollout_batch_size,
-        per_device_train_batch_size=recipe.micro_batch_size,
-        num_mini_batches=recipe.num_mini_batches,
-        num_ppo_epochs=recipe.num_ppo_epochs,
-        response_length=recipe.response_length,
-        learning_rate=recipe.ppo_learning_rate,
-        kl_coef=recipe.kl_coef,
-        reward_weights=[1.0, recipe.brevity_weight],
-        reward_normalization="batch",
-    )
+def ppo(
+    workspace: Workspace,
+    name: str,
+    data: DemoData,
+    recipe: Recipe,
+    reward_model: str | RewardModel | None = None,
+    watched: Sequence[Callable[..., list[float]]] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """reward_model: that of the stage `reward_model` when None. watched: functions whose scores are logged and have no
+    weight. options: other settings of PPOConfig."""
+    settings = {
+        "max_steps": recipe.ppo_steps,
+        "rollout_batch_size": recipe.rollout_batch_size,
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "num_mini_batches": recipe.num_mini_batches,
+        "num_ppo_epochs": recipe.num_ppo_epochs,
+        "response_length": recipe.response_length,
+        "learning_rate": recipe.ppo_learning_rate,
+        "kl_coef": recipe.kl_coef,
+        "reward_weights": [1.0, recipe.brevity_weight, *(0.0 for _ in watched)],
+        "reward_normalization": "batch",
+    }
+    common = common_options(workspace, name, recipe, lr_scheduler_type="constant_with_warmup")
+    args = PPOConfig(**common, **{**settings, **options})
+    reward_model = workspace.stage_folder("reward_model") if reward_model is None else reward_model
     trainer = PPOTrainer(
         workspace.stage_folder("sft"),
         args,
-        reward_funcs=[workspace.stage_folder("reward_model"), partial(brevity, recipe.full_length_words)],
+        reward_funcs=[reward_model, partial(brevity, recipe.full_length_words), *watched],
         train_dataset=data.prompts,
         model_init_kwargs=model_options(),
     )
-    return _train(workspace, name, trainer)
+    return train(workspace, name, trainer)
 
 
 def brevity(words: int, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -100,7 +115,8 @@ def brevity(words: int, prompts: list[str], completions: list[str], **columns: A
     return [min(0.0, len(completion.split()) / words - 1) for completion in completions]
 
 
-def _common(workspace: Workspace, name: str, recipe: Recipe, **options: Any) -> dict[str, Any]:
+def common_options(workspace: Workspace, name: str, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """Arguments that the trainings of all stages share; `options` come before them."""
     return {
         "output_dir": workspace.stage_folder(name),
         "seed": recipe.seed,
@@ -114,7 +130,7 @@ def _common(workspace: Workspace, name: str, recipe: Recipe, **options: Any) -> 
     }
 
 
-def _train(workspace: Workspace, name: str, trainer: Trainer) -> dict[str, Any]:
+def train(workspace: Workspace, name: str, trainer: Trainer) -> dict[str, Any]:
     """Train from the last checkpoint if there is one, and save the model."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

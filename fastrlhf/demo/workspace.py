@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,15 @@ def release_memory() -> None:
 class Workspace:
     """`folder/state.json` holds the settings, and of each stage its seconds and results.
 
+    stages: the names of all that are to run, in their order.
     Raises ValueError when the folder was begun with other settings: its stages would not belong together.
     """
 
-    def __init__(self, folder: str, console: Console, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: str, console: Console, settings: dict[str, Any], stages: Sequence[str] = STAGES) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.console = console
+        self.stages = stages
         self.path = self.folder / STATE_FILE
         self.state: dict[str, Any] = {"settings": settings, "stages": {}, "peak_rss_gib": 0.0}
         if self.path.exists():
@@ -61,7 +63,7 @@ class Workspace:
 
     def stage(self, name: str, title: str, run: Callable[..., dict[str, Any]], *inputs: Any) -> None:
         """Run a stage `run(workspace, name, *inputs) -> results` unless it is finished."""
-        number = f"[{STAGES.index(name) + 1}/{len(STAGES)}]"
+        number = f"[{self.stages.index(name) + 1}/{len(self.stages)}]"
         record = self.state["stages"].setdefault(name, {"seconds": 0.0})
         if "results" in record:
             self.console.print(
@@ -77,8 +79,10 @@ class Workspace:
             self.save()
 
         self.tick = tick
-        record["results"] = run(self, name, *inputs)
-        tick()
+        try:
+            record["results"] = run(self, name, *inputs)
+        finally:
+            tick()
         self.drop_checkpoints(name)  # only now: until the results are written, the stage may have to be taken up again
         release_memory()
         shown = ", ".join(f"{k} {v:.3g}" for k, v in record["results"].items() if isinstance(v, float))

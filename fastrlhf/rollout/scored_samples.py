@@ -88,6 +88,11 @@ def sample_and_score(
     return done
 
 
+def read_samples(path: str | Path) -> list[ScoredSamples]:
+    """The samples in a file that `sample_and_score` finished."""
+    return [ScoredSamples(**record) for record in _records(Path(path))[1:]]
+
+
 def winners(samples: list[ScoredSamples], count: int = 1, finished_only: bool = False) -> Dataset:
     """Columns prompt, completion and reward: the `count` best different responses to each prompt, best first.
 
@@ -152,8 +157,7 @@ def _continued(path: Path, settings: dict[str, Any], size: int, count: int) -> l
     """The samples in the file, which has no others and no broken line afterwards; a new file begins."""
     samples: list[ScoredSamples] = []
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = _records(path)
         if records:
             _check_settings(path, records[0], settings)
             whole = len(records) - 1 if len(records) - 1 == count else (len(records) - 1) // size * size
@@ -165,6 +169,11 @@ def _continued(path: Path, settings: dict[str, Any], size: int, count: int) -> l
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     os.replace(new, path)
     return samples
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What stands in the whole lines of a file. Responses may hold whatever `splitlines` splits at."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _check_settings(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
