@@ -1,5 +1,6 @@
 # make demo        the whole way from a clone: environment, SFT, reward model, PPO, and the numbers in runs/demo
 # make demo QUICK=1   every stage in a few minutes, without targets
+# make compare     the alternatives to PPO in one table, in runs/compare; hours. QUICK=1 as above
 # make test        all tests          make lint   style          make gpu-audit   GPU kernels, compiled without a GPU
 # make bench       the ops beside their peers, which it installs in .venv-bench, and fastrlhf.compat beside the functions
 #                  that it replaces; results in bench/results
@@ -7,7 +8,7 @@
 #
 # PYTHON  the Python to make .venv with (3.10 or newer)
 # TORCH   what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-# ARGS    more arguments, for `fastrlhf demo` for pytest or for `fastrlhf bench kernels`
+# ARGS    more arguments, for `fastrlhf demo`, for pytest or for `fastrlhf bench kernels`
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -16,10 +17,13 @@ BIN := .venv/bin
 PIP := python -m pip install --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test lint gpu-audit bench clean
+.PHONY: demo compare test lint gpu-audit bench clean
 
 demo: .venv/.demo
 	$(BIN)/fastrlhf demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+compare: .venv/.demo
+	$(BIN)/fastrlhf compare $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 test: .venv/.test .venv/.peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

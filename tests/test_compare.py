@@ -2,12 +2,11 @@
 
 import json
 import math
-import random
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import save_tiny_model
+from tiny import save_tiny_model, save_tiny_preferences
 
 from fastrlhf import compare
 from fastrlhf.bench import readme
@@ -207,18 +206,10 @@ TINY = replace(
 def arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "QUICK", TINY)
     monkeypatch.setattr(CompareArguments, "adapted", lambda self, found: replace(found, seed=self.seed, reward_pairs=8))
-    words = ["good", "bad", "film", "the", "was", "and"]
-    rng = random.Random(0)
-    data = tmp_path / "pairs.jsonl"
-    with open(data, "w") as file:
-        for _ in range(300):
-            prompt = " ".join(rng.choices(words, k=5))
-            row = {"prompt": prompt, "chosen": f" good {rng.choice(words)}", "rejected": f" bad {rng.choice(words)}"}
-            file.write(json.dumps(row) + "\n")
     return CompareArguments(
         quick=True,
         model=save_tiny_model(tmp_path / "model"),
-        dataset=str(data),
+        dataset=save_tiny_preferences(tmp_path / "pairs.jsonl", 300),
         output_dir=str(tmp_path / "run"),
         cache_dir=str(tmp_path / "cache"),
         results_dir=str(tmp_path / "results" / "quality"),

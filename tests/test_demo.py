@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
-from tiny import CHAT, save_tiny_model, tiny_tokenizer
+from tiny import CHAT, save_tiny_model, save_tiny_preferences, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from fastrlhf import demo
@@ -189,18 +189,10 @@ class StopAt(TrainerCallback):
 
 
 def test_the_whole_demo_on_a_tiny_model_interrupted_once(tmp_path, monkeypatch):
-    words = ["good", "bad", "film", "the", "was", "and"]
-    rng = random.Random(0)
-    data = tmp_path / "pairs.jsonl"
-    with open(data, "w") as file:
-        for _ in range(500):
-            prompt = " ".join(rng.choices(words, k=5))
-            row = {"prompt": prompt, "chosen": " good good", "rejected": " bad " + rng.choice(words)}
-            file.write(json.dumps(row) + "\n")
     args = DemoArguments(
         quick=True,
         model=save_tiny_model(tmp_path / "model"),
-        dataset=str(data),
+        dataset=save_tiny_preferences(tmp_path / "pairs.jsonl", 500),
         output_dir=str(tmp_path / "run"),
         cache_dir=str(tmp_path / "cache"),
     )

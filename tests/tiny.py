@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -74,3 +76,14 @@ def save_tiny_model(folder: Path, reward: bool = False, chat: str | None = None)
     (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config).save_pretrained(folder)
     tiny_tokenizer(chat, pad_is_eos=False).save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_preferences(path: Path, count: int) -> str:
+    """Pairs in JSONL: of a prompt of five words, the completion with `good` in it is the chosen one."""
+    words, rng = ["good", "bad", "film", "the", "was", "and"], random.Random(0)
+    with open(path, "w") as file:
+        for _ in range(count):
+            prompt = " ".join(rng.choices(words, k=5))
+            row = {"prompt": prompt, "chosen": f" good {rng.choice(words)}", "rejected": f" bad {rng.choice(words)}"}
+            file.write(json.dumps(row) + "\n")
+    return str(path)

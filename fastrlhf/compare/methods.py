@@ -20,8 +20,7 @@ GOLD = "gold"
 
 def rejection_sampling(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
     """Stage: fine-tune on the best of the candidates to each prompt (Touvron et al. 2023, section 3.2.3)."""
-    prompts = samples.training_prompts(data, recipe.rejection_prompts, recipe)
-    found = samples.of_prompts(workspace, name, prompts, recipe.num_candidates, recipe)
+    found = samples.to_learn_from(workspace, name, data, recipe.rejection_prompts, recipe.num_candidates, recipe)
     best = winners(found, finished_only=True).select_columns(["prompt", "completion"])
     args = SFTConfig(
         **stages.common_options(workspace, name, recipe),
@@ -31,13 +30,12 @@ def rejection_sampling(workspace: Workspace, name: str, data: DemoData, recipe: 
     )
     trainer = SFTTrainer(workspace.stage_folder("sft"), args, best, model_init_kwargs=stages.model_options())
     results = stages.train(workspace, name, trainer)
-    return {**results, "texts": len(best), "reward_calls": len(prompts) * recipe.num_candidates}
+    return {**results, "texts": len(best), "reward_calls": len(found) * recipe.num_candidates}
 
 
 def dpo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
     """Stage: DPO on the best against the worst of SFT's own responses to each prompt."""
-    prompts = samples.training_prompts(data, recipe.dpo_prompts, recipe)
-    found = samples.of_prompts(workspace, name, prompts, recipe.dpo_candidates, recipe)
+    found = samples.to_learn_from(workspace, name, data, recipe.dpo_prompts, recipe.dpo_candidates, recipe)
     pairs = best_against_worst(found)
     args = DPOConfig(
         **stages.common_options(workspace, name, recipe),
@@ -49,7 +47,7 @@ def dpo(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict
     )
     trainer = DPOTrainer(workspace.stage_folder("sft"), args, pairs, model_init_kwargs=stages.model_options())
     results = stages.train(workspace, name, trainer)
-    return {**results, "pairs": len(pairs), "reward_calls": len(prompts) * recipe.dpo_candidates}
+    return {**results, "pairs": len(pairs), "reward_calls": len(found) * recipe.dpo_candidates}
 
 
 def best_against_worst(found: list[ScoredSamples]) -> Dataset:

@@ -38,10 +38,13 @@ def of_prompts(workspace: Workspace, name: str, prompts: Dataset, count: int, re
     )
 
 
-def training_prompts(data: DemoData, count: int, recipe: Recipe) -> Dataset:
-    """`count` of the prompts that PPO has too, or all there are."""
-    prompts = data.prompts.shuffle(seed=recipe.seed)
-    return prompts.select(range(min(count, len(prompts))))
+def to_learn_from(
+    workspace: Workspace, name: str, data: DemoData, prompts: int, count: int, recipe: Recipe
+) -> list[ScoredSamples]:
+    """`count` samples to so many of the prompts that PPO has too, or to all there are."""
+    shuffled = data.prompts.shuffle(seed=recipe.seed)
+    chosen = shuffled.select(range(min(prompts, len(shuffled))))
+    return of_prompts(workspace, name, chosen, count, recipe)
 
 
 def sample(workspace: Workspace, name: str, data: DemoData, recipe: Recipe) -> dict[str, Any]:
