@@ -23,6 +23,7 @@ from fastrlhf.rollout import (
     best_of_n_kl,
     best_of_n_scores,
     best_of_n_summary,
+    read_samples,
     sample_and_score,
     scored_samples,
     winners,
@@ -199,6 +200,15 @@ def test_a_block_that_is_not_whole_is_made_again(sampler):
     sampler.path.write_text("".join(lines[:4]))  # three prompts, two a block
     assert sampler.run() == whole
     assert [len(call) for call in sampler.calls] == [6, 3]
+
+
+def test_responses_may_hold_every_kind_of_line_separator(sampler, monkeypatch):
+    texts = scored_samples.Rollout.texts
+    monkeypatch.setattr(scored_samples.Rollout, "texts", lambda *_: [f"{x}\x85\u2028\r\n" for x in texts(*_)])
+    whole = sampler.run()
+    assert "\u2028" in whole[0].completions[0]
+    assert sampler.run() == whole == read_samples(sampler.path)
+    assert sampler.calls == []
 
 
 def test_samples_made_otherwise_are_not_mixed(sampler):
