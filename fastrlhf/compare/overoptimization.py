@@ -191,7 +191,7 @@ def draw(found: list[Curve], picture: Path) -> None:
             f"{'PPO' if curve.method == RL else 'best of n'}, {'smaller' if curve.variant.small else 'larger'} set",
             fontsize=10,
         )
-        axis.set_xlabel("sqrt(KL to SFT), nats")
+        axis.set_xlabel("sqrt(KL to SFT in nats)")
         axis.set_ylabel("gain over SFT")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
