@@ -81,7 +81,8 @@ def _gae(name: str, arguments: tuple, time_dim: int, exact_dtype: bool) -> tuple
     if not (ours and value.numel() and _is_discount(gamma) and _is_discount(lmbda)):
         return original(f"{FUNCTIONAL}.{name}")(*arguments, time_dim=time_dim)
     moved = value.movedim(axis, -1).shape
-    rows = (x.movedim(axis, -1).reshape(-1, moved[-1]) for x in (value, following, reward, done, terminated))
+    rows = [x.movedim(axis, -1).reshape(-1, moved[-1]) for x in (value, following, reward, done)]
+    rows.append(rows[-1] if terminated is done else terminated.movedim(axis, -1).reshape(-1, moved[-1]))
     return tuple(
         cast(x.view(moved).movedim(-1, axis), exact_dtype, value, following, reward)
         for x in _rows(float(gamma), float(lmbda), *rows)
@@ -96,22 +97,37 @@ def _rows(
     gamma: float, lam: float, value: Tensor, following: Tensor, reward: Tensor, done: Tensor, terminated: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of rows [N, T]."""
-    gains = torch.add(reward, torch.where(terminated, 0.0, following), alpha=gamma)
-    differentiable = torch.is_grad_enabled() and (gains.requires_grad or value.requires_grad)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (value, following, reward))
     if differentiable or torch.compiler.is_compiling():
-        advantage = discounted_sums((gains - value).float(), torch.where(done, 0.0, gamma * lam))
+        delta = reward + gamma * torch.where(terminated, 0.0, following) - value
+        advantage = discounted_sums(delta.float(), torch.where(done, 0.0, gamma * lam))
         return advantage, advantage + value
-    # Our op takes the next value from the row of values: what it will add is taken off here.
-    gains = gains.float()
-    if not done[:, :-1].any():
-        gains[:, :-1].sub_(value[:, 1:], alpha=gamma)
-        return F.gae(gains, value, gamma=gamma, lam=lam)
-    gains[:, :-1].sub_(torch.where(done[:, :-1], 0.0, value[:, 1:]), alpha=gamma)
+    if _within(done) or (terminated is not done and _within(terminated)):
+        return _segments(gamma, lam, value, following, reward, done, terminated)
+    if not torch.equal(following[:, :-1], value[:, 1:]):
+        # Our op takes the next value from the row of values: the difference to the one given is a reward.
+        reward = reward.to(torch.float32, copy=True)
+        reward[:, :-1].add_(following[:, :-1], alpha=gamma).sub_(value[:, 1:], alpha=gamma)
+    last = torch.where(terminated[:, -1], 0.0, following[:, -1])
+    return F.gae(reward, value, gamma=gamma, lam=lam, bootstrap_values=last)
+
+
+def _within(flags: Tensor) -> bool:
+    """Whether rows have one before the last column. Counting is faster than asking whether there is any."""
+    return bool(flags.count_nonzero() != flags[:, -1].count_nonzero())
+
+
+def _segments(
+    gamma: float, lam: float, value: Tensor, following: Tensor, reward: Tensor, done: Tensor, terminated: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of rows [N, T], each of which ends at every done and at T."""
+    reward = torch.add(reward, torch.where(terminated, 0.0, following), alpha=gamma).float()
+    reward[:, :-1].sub_(torch.where(done[:, :-1], 0.0, value[:, 1:]), alpha=gamma)
     ends = done.clone()
     ends[:, -1] = True
     cu_seqlens = torch.nn.functional.pad(ends.flatten().nonzero().flatten() + 1, (1, 0))
-    results = F.gae_packed(gains.flatten(), value.flatten(), cu_seqlens, gamma=gamma, lam=lam)
-    return tuple(x.view_as(gains) for x in results)
+    results = F.gae_packed(reward.flatten(), value.flatten(), cu_seqlens, gamma=gamma, lam=lam)
+    return tuple(x.view_as(reward) for x in results)
 
 
 REPLACEMENTS = {

@@ -78,7 +78,8 @@ def compute_gae_advantage_return(
             lam=float(lam),
         )
         mean, rstd = target.advantage_stats
-        advantages = torch.where(mask, (target.advantages - mean) * rstd, 0.0)
+        ones = response_mask if response_mask.dtype == torch.float32 else mask.float()
+        advantages = target.advantages.mul_(rstd).addcmul_(ones, -mean * rstd)  # where it is 0 they stay 0
     inputs = (token_level_rewards, values, response_mask)
     return cast(advantages, exact_dtype, *inputs), cast(target.returns, exact_dtype, *inputs)
 
