@@ -85,9 +85,12 @@ class ScoreShaper:
                 return running(scores, self.gather(scores))
         return scores
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        return {name: running.state_dict() for name, running in self.running.items()}
+    def state_dict(self) -> dict[str, float]:
+        if self.weights is None:
+            return self.running["sum"].state_dict()
+        return {f"{name}/{key}": x for name, each in self.running.items() for key, x in each.state_dict().items()}
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         for name, running in self.running.items():
-            running.load_state_dict(state[name])
+            prefix = "" if self.weights is None else f"{name}/"
+            running.load_state_dict({key: state[f"{prefix}{key}"] for key in running.state_dict()})
