@@ -25,7 +25,7 @@ demo: .venv/.demo
 compare: .venv/.demo
 	$(BIN)/fastrlhf compare $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
-test: .venv/.test .venv/.peers
+test: .venv/.test .venv/.peers .venv/.deepspeed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.test
@@ -71,6 +71,12 @@ clean:
 	    && for version in 1.12.0 1.13.0 1.14.2 1.15.0; do \
 	        $(BIN)/$(PIP) -q --no-deps --upgrade trl==$$version --target .venv/peers-trl/$$version || exit 1; \
 	    done && touch $@ || echo "They cannot be installed; their tests are skipped"
+
+# Beside the environment, too: what can import DeepSpeed does.
+.venv/.deepspeed: .venv/.torch tests/deepspeed.txt
+	@echo "Installing DeepSpeed for its tests"
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/$(PIP) -q --no-deps --no-build-isolation --upgrade \
+	    -r tests/deepspeed.txt --target .venv/deepspeed && touch $@ || echo "It cannot be installed; its tests are skipped"
 
 # bench/peers.txt says why those come without their requirements. The constraint keeps torch as it is. TRL's PPO and its
 # Triton kernel are not in one release: the later one lies beside the other as trl_latest.

@@ -18,11 +18,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 logger = logging.getLogger(__name__)
 
 
 def _load(auto_class: Any, argument: str, name: str, **options: Any) -> Any:
+    unset_hf_deepspeed_config()  # with arguments for ZeRO 3 in being, transformers would load shards
     try:
         loaded = auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
@@ -49,7 +51,18 @@ def _merged(auto_class: Any, name: str, options: dict[str, Any]) -> nn.Module:
 
 def load_causal_lm(model: str | nn.Module, argument: str = "model", **options: Any) -> nn.Module:
     """A causal language model from a hub id or folder; a model comes back as it is."""
-    return _load(AutoModelForCausalLM, argument, model, **options) if isinstance(model, str) else model
+    return (
+        _load(AutoModelForCausalLM, argument, model, **options) if isinstance(model, str) else _whole(model, argument)
+    )
+
+
+def _whole(model: nn.Module, argument: str) -> nn.Module:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"{argument}: {type(model).__name__} was sharded by ZeRO 3 while it was loaded; give its name or folder, "
+            "or load it before the arguments for DeepSpeed are made"
+        )
+    return model
 
 
 def load_reward_model(
@@ -65,7 +78,7 @@ def load_reward_model(
                 f"{argument}={name!r} could not be loaded with a score head of {num_labels} labels; where it has one "
                 f"with another number, start from its causal language model. Cause: {error}"
             ) from error
-    labels = getattr(model.config, "num_labels", None)
+    labels = getattr(_whole(model, argument).config, "num_labels", None)
     if labels != num_labels:
         raise ValueError(f"{argument}: num_labels={labels}, but this reward model has num_labels={num_labels}")
     return model

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastrlhf.trainers import zero
 from fastrlhf.trainers.checkpoints import (
     ReplaceLaterCheckpoints,
     check_resumable,
@@ -71,6 +72,8 @@ class BaseTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         parameters = (self.model if model is None else model).parameters()
+        if self.is_deepspeed_enabled:  # which keeps masters itself
+            parameters = ()
         if self.optimizer is None and any(p.requires_grad and p.dtype == torch.bfloat16 for p in parameters):
             optimizer_cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
@@ -89,6 +92,10 @@ class BaseTrainer(Trainer):
         if resume_from_checkpoint:
             check_resumable(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Under DeepSpeed, transformers round what is no index to the weights' dtype: margins, labels.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs: Any) -> None:
         # transformers looks at max_steps only after a step: a finished run that is resumed would make one more.
@@ -178,6 +185,9 @@ class ScorerTrainer(BaseTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model if self.accelerator.is_fsdp2 else self.scorer.model)
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     @property
@@ -198,10 +208,8 @@ def _prepare_sharding(trainer: Trainer) -> None:
     """Errors for ways to shard, asked for in TrainingArguments or by `accelerate launch`, that were never tried with
     these trainers; and log-probs, losses and sums of gradients that are not rounded to the dtype of the products."""
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "deepspeed: these trainers were never run on DeepSpeed; FSDP2 shards the same (weights, gradients and "
-            "optimizer state, as ZeRO 3): fsdp=True, or fsdp_version: 2 in accelerate's configuration"
-        )
+        zero.prepare(trainer)
+        return
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if trainer.args.fsdp:

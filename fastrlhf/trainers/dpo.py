@@ -94,7 +94,7 @@ class DPOTrainer(ScorerTrainer):
                 args,
                 self.accelerator,
                 without_adapters=peft_config is not None,
-                place=self.is_fsdp_enabled,
+                place=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             )
             if ref_model is not None and ref_model is not model:
                 self.reference.take(load_causal_lm(ref_model, "ref_model", **options))

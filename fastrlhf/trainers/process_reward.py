@@ -64,6 +64,7 @@ class ProcessRewardTrainer(BaseTrainer):
             compute_metrics=step_metrics,
             callbacks=callbacks,
         )
+        self.data_collator.one_group = self.is_deepspeed_enabled or self.is_fsdp_enabled
         # The loss is normalised by the steps of the whole accumulated batch, which the collator's `labels` count.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -98,17 +99,25 @@ class ProcessRewardTrainer(BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         settings = RewardSettings("process", separator=self.args.step_separator)
-        settings.save(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            settings.save(self.args.output_dir if output_dir is None else output_dir)
 
 
 class StepCollator:
-    """Rows to padded groups of similar length, with the places where steps end, and the labels in the rows' order."""
+    """Rows to padded groups of similar length, with the places where steps end, and the labels in the rows' order.
+
+    `one_group` puts all rows into one, for sharded models: see PreferenceCollator.
+    """
+
+    one_group = False
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        groups = group_by_length([len(row["input_ids"]) for row in rows])
+        groups = (
+            [list(range(len(rows)))] if self.one_group else group_by_length([len(row["input_ids"]) for row in rows])
+        )
         batch: dict[str, Any] = {"groups": []}
         for group in groups:
             input_ids, attention_mask = pad_right([rows[i]["input_ids"] for i in group], self.pad_token_id)

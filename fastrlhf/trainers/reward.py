@@ -102,6 +102,7 @@ class RewardTrainer(BaseTrainer):
             compute_metrics=self._measure,
             callbacks=callbacks,
         )
+        self.data_collator.one_group = self.is_deepspeed_enabled or self.is_fsdp_enabled
         # The loss is the mean over a batch's pairs, so the Trainer divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
         self.last_report: dict[str, Any] = {}
@@ -203,4 +204,5 @@ class RewardTrainer(BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.settings.save(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            self.settings.save(self.args.output_dir if output_dir is None else output_dir)

@@ -16,8 +16,11 @@ NUMBERS = ("margin", "gap")
 class PreferenceCollator:
     """Pairs to the distinct texts among them, in padded groups of similar length, and each pair's places there.
 
-    objectives: columns with the labels of each head, which become `objectives` [B, k].
+    objectives: columns with the labels of each head, which become `objectives` [B, k]. `one_group` puts all texts of a
+    batch into one, for sharded models: a forward of theirs is a collective, and each rank would have its own number.
     """
+
+    one_group = False
 
     def __init__(self, pad_token_id: int, objectives: list[str] | None = None) -> None:
         self.pad_token_id = pad_token_id
@@ -26,7 +29,7 @@ class PreferenceCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         chosen, rejected = ([_text(row, side) for row in rows] for side in ("chosen", "rejected"))
         texts = list(dict.fromkeys([*chosen, *rejected]))
-        groups = group_by_length([len(ids) for ids, _ in texts])
+        groups = [list(range(len(texts)))] if self.one_group else group_by_length([len(ids) for ids, _ in texts])
         place = {texts[index]: at for at, index in enumerate(i for group in groups for i in group)}
         batch: dict[str, Any] = {
             "chosen": torch.tensor([place[text] for text in chosen]),

@@ -1,4 +1,4 @@
-"""Models whose weights are sharded over the ranks by FSDP2 (`torch.distributed.fsdp.fully_shard`)."""
+"""Models whose weights are sharded over the ranks: by FSDP2 (`torch.distributed.fsdp.fully_shard`) or by ZeRO 3."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastrlhf.trainers import zero
 from fastrlhf.trainers.token_scorer import inside
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def whole_weights(model: nn.Module, accelerator: Accelerator | None = None) -> Iterator[None]:
     """All weights of the model as plain tensors on every rank, to be read or computed with in any number of forwards.
 
     A collective: every rank enters. In between, ranks may do different things, as forwards gather nothing: rollouts of
     different lengths, say. Costs the memory of the whole model. Nothing may be trained inside. A model that is not
-    sharded, or is whole already, stays as it is.
+    sharded, or is whole already, stays as it is. accelerator: that of the training, which ZeRO 3 is asked through.
 
     What turns `requires_grad` off for a while, as peft does with adapters, does so inside: FSDP has one tensor for a
     shard and one for the whole, and might have changed the one for the other before it is turned on again.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        with zero.gathered(model, zero.engine_of(accelerator)):
+            yield
+        return
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         yield
         return

@@ -42,7 +42,7 @@ class Reference:
     def log_probs(self, rollout: Rollout, batches: list[ScoredBatch], accelerator: Accelerator) -> Tensor:
         """[B, T], of every response token; 0 where a response has none."""
         results = torch.zeros(rollout.mask.shape, device=self.args.device)
-        with self._scorer() as score, accelerator.autocast():
+        with self._scorer(accelerator) as score, accelerator.autocast():
             for batch in batches:
                 with self.lower_states(batch):
                     log_probs, _ = score(
@@ -52,10 +52,11 @@ class Reference:
         return results
 
     @contextmanager
-    def _scorer(self) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
+    def _scorer(self, accelerator: Accelerator) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
         """TokenScorer's forward."""
         if self.scorer is None:
-            with whole_weights(self.policy), self.policy.model.disable_adapter():  # it turns requires_grad off and on
+            # peft turns requires_grad off and on.
+            with whole_weights(self.policy, accelerator), self.policy.model.disable_adapter():
                 yield partial(TokenScorer.forward, self.policy)
             return
         with on_device(self.scorer, self.args.device, self.args.offload_models):

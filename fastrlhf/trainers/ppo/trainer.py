@@ -30,6 +30,7 @@ from fastrlhf.loading import (
 from fastrlhf.rewards import RewardError, RewardResult, Rewards, ScoreShaper
 from fastrlhf.rewards.functions import Steps
 from fastrlhf.rollout import NativeEngine, Rollout, RolloutEngine, SamplingParams, TransformersEngine, create_engine
+from fastrlhf.trainers import zero
 from fastrlhf.trainers.base import ScorerTrainer
 from fastrlhf.trainers.checkpoints import is_complete, last_checkpoint
 from fastrlhf.trainers.offload import on_device
@@ -161,6 +162,8 @@ class PPOTrainer(ScorerTrainer):
         self.shape_scores = ScoreShaper(args, gather=self._gather, weights=weights)
         self.kl_controller = create_kl_controller(args)
         self.lower_states = LowerStates(policy, args.num_frozen_layers)
+        if ref_model is not None and dtype is not None and self.is_deepspeed_enabled:
+            ref_model.to(dtype)  # as DeepSpeed does with the policy, in place of autocast
         self.reference = Reference(self.scorer, ref_model, args, self.lower_states)
         self.skipped = SkippedSteps()
         self.phases = Phases(bar=not args.disable_tqdm and self.is_world_process_zero())
@@ -190,18 +193,22 @@ class PPOTrainer(ScorerTrainer):
                 if norm is not None:
                     self.optimizer_step(model, norm)
                 loss, stats = self.update(model, mini_batch, experience.targets)
-                norm = gradient_norm(model)
+                norm = zero.gradient_norm(model) if self.is_deepspeed_enabled else gradient_norm(model)
                 if not args.fp16 and any_rank(not torch.stack([loss, norm]).isfinite().all(), self.accelerator):
+                    self.drop_gradients(model)
                     return self.skip(
                         f"the loss is {loss.item()}, the norm of the gradient {norm.item()}", rows, rollout, each
                     )
                 if not losses and experience.targets.weights is None:  # the policy is still the one that sampled
                     self.record(**gap_metrics(stats, with_mean=not args.kl_loss_coef))
                 if losses and args.target_kl is not None and self.approx_kl(stats) > args.target_kl:
-                    model.zero_grad()  # the step that the Trainer makes is then none
+                    self.drop_gradients(model)  # the step that the Trainer makes is then none
                     break
                 losses.append(loss)
                 bar.update()
+            else:
+                if self.is_deepspeed_enabled:  # under which the Trainer makes none
+                    model.step()
         self.record(**{"policy/optimizer_steps": torch.tensor(float(len(losses)))})
         self.record_times(rollout, len(losses))
         self.skipped.in_a_row = 0
@@ -218,7 +225,7 @@ class PPOTrainer(ScorerTrainer):
         sampling = replace(self.sampling, n=generations)
         _, own = gather_varying(torch.arange(len(prompts), device=self.args.device), self.accelerator)
         seeds = [self._seed(purpose, place) for place in range(own.start, own.stop)]
-        with whole_weights(self.scorer):
+        with whole_weights(self.scorer, self.accelerator):
             self.engine.update_weights()
             if isinstance(self.engine, TransformersEngine):  # it has one generator for a batch
                 return self.engine.generate(prompts, replace(sampling, seed=seeds[0]))
@@ -343,7 +350,8 @@ class PPOTrainer(ScorerTrainer):
         # Mean over the ranks: data parallelism averages the gradients again, which leaves the mean over all tokens.
         tokens, sequences = mean_over_ranks(torch.stack(counts).sum(0), self.accelerator)
         losses, total, stats = Losses(args, targets, tokens, sequences), [], []
-        together = isinstance(model, DistributedDataParallel)  # which takes one backward to a forward
+        # They take one backward to a forward.
+        together = self.is_deepspeed_enabled or isinstance(model, DistributedDataParallel)
         for batch, (own_tokens, _) in zip(mini_batch, counts, strict=True):
             with self.accelerator.autocast(), self.lower_states(batch):
                 loss, policy_stats, values = losses.policy(
@@ -360,7 +368,7 @@ class PPOTrainer(ScorerTrainer):
             if values is not None:
                 value_loss, value_stats = losses.value(batch, values)
                 loss = loss + args.vf_coef * value_loss
-            self.accelerator.backward(loss)
+            zero.backward(self.accelerator, loss, last=batch is mini_batch[-1])
             total.append(loss.detach())
             stats.append(MicroBatchStats(own_tokens / tokens, policy_stats, value_loss, value_stats))
         if warming_up:
@@ -370,6 +378,9 @@ class PPOTrainer(ScorerTrainer):
 
     def optimizer_step(self, model: nn.Module, norm: Tensor) -> None:
         """An optimiser step between mini-batches, clipped like the Trainer's own. norm: of the gradients."""
+        if self.is_deepspeed_enabled:
+            model.step()
+            return
         if self.args.max_grad_norm > 0:
             if self.args.fp16 or self.is_fsdp_enabled:
                 self._clip_grad_norm(model)  # which takes the scale off first, and knows shards
@@ -377,6 +388,13 @@ class PPOTrainer(ScorerTrainer):
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         self.optimizer.step()
         model.zero_grad()
+
+    def drop_gradients(self, model: nn.Module) -> None:
+        """Forget the gradients of a mini-batch: no step is made with them."""
+        if self.is_deepspeed_enabled:
+            zero.drop_gradients(model)
+        else:
+            model.zero_grad()
 
     def approx_kl(self, stats: list[MicroBatchStats]) -> float:
         """KL of the policy that sampled to the present one over a mini-batch, in nats a token, on all ranks."""
@@ -527,7 +545,10 @@ class PPOTrainer(ScorerTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.scorer.load_value_function(resume_from_checkpoint)
-        with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        with open(os.path.join(checkpoint, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
