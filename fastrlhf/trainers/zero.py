@@ -153,8 +153,8 @@ def _refuse(args: Any, config: dict[str, Any], zero: dict[str, Any]) -> None:
         raise ValueError("deepspeed: fp16 was never tried with these trainers, set bf16=True or compute in fp32")
     if "grad_accum_dtype" in config.get("data_types", {}) and stage == 1:
         raise ValueError(
-            "deepspeed: data_types.grad_accum_dtype gives ZeRO 1 another optimizer, never run with these trainers; take "
-            "stage 2 with it"
+            "deepspeed: data_types.grad_accum_dtype gives ZeRO 1 another optimizer, never tried with these trainers: "
+            "take stage 2 with it"
         )
     if getattr(args, "critic_warmup_steps", 0):
         raise ValueError(
