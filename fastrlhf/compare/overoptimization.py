@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastrlhf.compare import rewards, samples
 from fastrlhf.compare.recipe import Recipe
 from fastrlhf.compare.rewards import TABLE, VARIANTS, RewardVariant
 from fastrlhf.demo import stages
+from fastrlhf.demo.report import iterations
 from fastrlhf.demo.workspace import Workspace
 from fastrlhf.rollout import best_of_n_kl, best_of_n_scores
 from fastrlhf.trainers.metrics import METRICS_FILE
@@ -105,12 +105,12 @@ class Curve:
 
 def curves(workspace: Workspace, seeds: int, recipe: Recipe) -> list[Curve]:
     """Of both methods with every reward model."""
-    return [
-        curve
-        for variant in VARIANTS
-        for scores in [_sample_scores(workspace, variant, seeds, recipe)]
-        for curve in (best_of_n_curve(variant, *scores), ppo_curve(workspace, variant, *scores[:2]))
-    ]
+    found = []
+    for variant in VARIANTS:
+        gold, proxy, reward = _sample_scores(workspace, variant, seeds, recipe)
+        found.append(best_of_n_curve(variant, gold, proxy, reward))
+        found.append(ppo_curve(workspace, variant, gold, proxy))
+    return found
 
 
 def _sample_scores(
@@ -147,7 +147,7 @@ def ppo_curve(workspace: Workspace, variant: RewardVariant, gold: Tensor, proxy:
 
     gold, proxy: scores of SFT's samples, whose means are the start.
     """
-    records = read_metrics(workspace.folder / curve_stage(variant) / METRICS_FILE)
+    records = iterations(workspace.folder / curve_stage(variant) / METRICS_FILE)
     kl = torch.tensor([record["objective/kl"] for record in records])  # an estimate, which may be below 0
     gains = (
         torch.tensor([record[f"rewards/{name}"] for record in records]) - each.mean()
@@ -158,12 +158,6 @@ def ppo_curve(workspace: Workspace, variant: RewardVariant, gold: Tensor, proxy:
 
 def curve_stage(variant: RewardVariant) -> str:
     return f"curve-ppo-{variant.name}"
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a PPO run's iterations."""
-    with open(path, encoding="utf-8") as file:
-        return [record for record in map(json.loads, file) if "objective/kl" in record]
 
 
 def draw(found: list[Curve], picture: Path) -> None:

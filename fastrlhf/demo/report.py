@@ -122,6 +122,12 @@ def measures(summary: dict[str, Any]) -> str:
     )
 
 
+def iterations(metrics: Path) -> list[dict[str, float]]:
+    """The records of PPO's iterations in its metrics.jsonl."""
+    with open(metrics, encoding="utf-8") as file:
+        return [record for record in map(json.loads, file) if "objective/kl" in record]
+
+
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Reward, KL, entropy and clip fraction over PPO's steps."""
     import matplotlib
@@ -129,8 +135,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(metrics, encoding="utf-8") as file:
-        records = [record for record in map(json.loads, file) if "objective/kl" in record]
+    records = iterations(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for axis, (name, label) in zip(axes.flat, CURVES.items(), strict=True):
         axis.plot([r["step"] for r in records], [r[name] for r in records], marker=".", color="tab:blue")
