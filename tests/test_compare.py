@@ -16,6 +16,7 @@ from fastrlhf.compare.bradley_terry import World, best_of_n_exactly
 from fastrlhf.compare.overoptimization import BEST_OF_N, RL, Curve, fit, terms
 from fastrlhf.compare.recipe import CompareArguments
 from fastrlhf.compare.rewards import VARIANTS
+from fastrlhf.demo import workspace
 from fastrlhf.rollout import ScoredSamples, best_of_n_kl, best_of_n_scores
 
 
@@ -205,6 +206,7 @@ TINY = replace(
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "QUICK", TINY)
+    monkeypatch.setattr(workspace, "release_memory", lambda: None)  # there is little, and looking for it takes long
     monkeypatch.setattr(CompareArguments, "adapted", lambda self, found: replace(found, seed=self.seed, reward_pairs=8))
     return CompareArguments(
         quick=True,
