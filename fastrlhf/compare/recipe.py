@@ -42,7 +42,7 @@ QUICK = replace(
     Recipe(),
     eval_prompts=32,
     eval_pairs=100,
-    sft_steps=5,
+    sft_steps=10,  # fewer, and hardly a response ends by itself
     reward_steps=4,
     reward_texts=24,
     reward_pairs=128,
@@ -52,7 +52,7 @@ QUICK = replace(
     checkpoint_steps=3,
     rejection_prompts=16,
     rejection_epochs=1,
-    dpo_prompts=16,
+    dpo_prompts=32,
     small_set_steps=2,
     curve_prompts=16,
     curve_steps=4,
