@@ -199,6 +199,7 @@ def ours(plan: Plan, phases: Phases, memory: Memory) -> Any:
     import torch
     from datasets import Dataset
 
+    from fastrlhf.rewards import RewardResult
     from fastrlhf.rewards.reward_model import sequence_scores
     from fastrlhf.rollout import NativeEngine
     from fastrlhf.trainers import PPOConfig, PPOTrainer
@@ -214,10 +215,10 @@ def ours(plan: Plan, phases: Phases, memory: Memory) -> Any:
         """Scores at the last token that the policy wrote, as in TRL, on the tokens themselves."""
 
         @torch.no_grad()
-        def scores(self, rows: list[dict[str, Any]], rollout: Any) -> tuple[Any, dict[str, Any], None]:
+        def scores(self, rows: list[dict[str, Any]], rollout: Any) -> tuple[RewardResult, None]:
             texts = [prompt + response for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)]
             scores = sequence_scores(models["reward_model"], texts, self.processing_class.pad_token_id)
-            return scores, {"reward_model": scores}, None
+            return RewardResult(scores, scores, {"reward_model": scores}), None
 
     models = load(plan)
     made = (ScoredAsWritten if plan.eos else PPOTrainer)(

@@ -840,6 +840,16 @@ class TestPPO:
             with pytest.raises(RuntimeError, match="ours's process ended"):  # the folder is gone
                 ppo_worker.run(broken)
 
+    def test_what_ended_by_itself_is_scored_as_written(self, tmp_path):
+        """As the learning curves have it."""
+        with ppo_step.models(TINY.ppo) as found:
+            work = ppo_step.worker_plan(TINY.ppo, found, ppo_step.OURS_RUN[0])
+            work.eos = True
+            work.arguments |= {"output_dir": str(tmp_path), "max_steps": 1}
+            made = ppo_worker.ours(work, ppo_worker.Phases(), ppo_worker.Memory())
+            made.train()
+        assert math.isfinite(made.state.log_history[0]["objective/scores"])
+
     def test_curves_overlap_within_the_spread_of_seeds(self, tmp_path):
         def runs(*curves):
             logged = [[{"objective/scores": x, "objective/kl": 0.1} for x in curve] for curve in curves]
