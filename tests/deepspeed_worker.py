@@ -22,7 +22,16 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from fastrlhf.trainers import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from fastrlhf.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from fastrlhf.trainers.sharding import whole_weights
 
 
@@ -181,7 +190,13 @@ def results(models: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def dpo(models: Path, output: Path, **options: Any) -> DPOTrainer:
+    pairs = {"prompt": ["the"] * len(TEXTS), "chosen": TEXTS, "rejected": PAIRS["rejected"]}
+    return DPOTrainer(str(models / "model"), arguments(DPOConfig, output, **options), Dataset.from_dict(pairs))
+
+
 REFUSED: dict[str, tuple[Callable[..., Trainer], dict[str, Any], dict[str, Any]]] = {
+    "DPOTrainer was never run on DeepSpeed": (dpo, {}, {}),
     "stage=0 shards nothing": (sft, {}, {"zero_optimization": {"stage": 0}}),
     "leave optimizer out": (sft, {}, {"optimizer": {"type": "AdamW"}}),
     "leave scheduler out": (sft, {}, {"scheduler": {"type": "WarmupLR"}}),

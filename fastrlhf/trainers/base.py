@@ -38,6 +38,8 @@ from fastrlhf.trainers.token_scorer import TokenScorer
 class BaseTrainer(Trainer):
     """`transformers.Trainer` with metrics of our own, fp32 master weights and checkpoints that are whole or absent."""
 
+    runs_on_deepspeed = False  # a test says so of those that do
+
     def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
         _refuse_unsupported(args, kwargs["model"])
         args.remove_unused_columns = False  # the collators name the columns they take

@@ -47,6 +47,8 @@ class RewardTrainer(BaseTrainer):
     measures, and reliability diagrams beside it; `calibrate` fits what turns scores into probabilities.
     """
 
+    runs_on_deepspeed = True
+
     def __init__(
         self,
         model: str | nn.Module,

@@ -28,6 +28,8 @@ class SFTTrainer(ScorerTrainer):
     `trainer.scorer.model` is the model in training; checkpoints and `save_model` hold it as transformers save it.
     """
 
+    runs_on_deepspeed = True
+
     def __init__(
         self,
         model: str | nn.Module,

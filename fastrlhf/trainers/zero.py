@@ -25,6 +25,11 @@ def engine_of(accelerator: Accelerator) -> Any | None:
 def prepare(trainer: Trainer) -> None:
     """Complete DeepSpeed's configuration by what these trainers need; errors for what would train wrongly, or was never
     tried with them."""
+    if not trainer.runs_on_deepspeed:
+        raise ValueError(
+            f"deepspeed: {type(trainer).__name__} was never run on DeepSpeed; FSDP2 shards the same as ZeRO 3: "
+            "fsdp=True, or fsdp_version: 2 in accelerate's configuration"
+        )
     args, config = trainer.args, trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
     zero = config.get("zero_optimization", {})
     _refuse(args, config, zero)

@@ -82,6 +82,8 @@ class PPOTrainer(ScorerTrainer):
     `trainer.scorer.model` is the policy in training; checkpoints and `save_model` hold it as transformers save it.
     """
 
+    runs_on_deepspeed = True
+
     def __init__(
         self,
         model: str | nn.Module,
