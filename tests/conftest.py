@@ -1,3 +1,4 @@
+import logging
 import os
 
 # Before torch and transformers are imported, and for the children of tests too: no test asks the network, threads that
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items):
 def seed():
     """The same random numbers at every run; FASTRLHF_TEST_SEED takes others, to see whether a test hangs on them."""
     torch.manual_seed(int(os.environ.get("FASTRLHF_TEST_SEED", "0")))
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged():
+    """As in a process of its own: the demo and its like silence the loggers of the process that they run in."""
+    logging.getLogger("fastrlhf").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
