@@ -111,6 +111,18 @@ STABLE_TORCH_LIBRARY(fastrlhf, m) {
       " int variant, bool needs_grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)");
 
+  // Between the products of a decoder layer, each computed in fp32 and rounded once. y = weight x / sqrt(mean(x^2) + eps)
+  // over the last dimension; rstd: one number a row, fp32. Gradients that are not needed are empty.
+  m.def("rms_norm(Tensor x, Tensor weight, Tensor eps) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool needs_x, bool needs_weight)"
+      " -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");  // gate sigmoid(gate) up
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)");
+  // x: [B, L, heads, d], cos and sin: [B, L, d] or [1, L, d], fp32. With r = d / 2, y_i = x_i cos_i - x_(i + r) sin_i and
+  // y_(i + r) = x_(i + r) cos_(i + r) + x_i sin_(i + r). back: the transpose, which is the gradient. y is contiguous.
+  m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor");
+
   // logits: [B, V]; seed, sequence, position: [B], int64. numbers: [3], temperature (0: the most likely token), top_p, min_p.
   m.def(
       "sample_tokens(Tensor logits, Tensor seed, Tensor sequence, Tensor position, Tensor numbers, int top_k)"

@@ -28,6 +28,11 @@ OPS = (
     "full_kl_backward",
     "kl_divergence",
     "kl_divergence_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
+    "rotate",
     "gae",
     "gae_packed",
     "rollout_advantages",
@@ -238,6 +243,39 @@ def kl_divergence_backward(
     held = log_ratio.clamp(-clamp_input, clamp_input)
     outside = (log_ratio.abs() > clamp_input) | (reference.kl_estimate(held, name).abs() > clamp_output)
     return torch.where(outside, 0.0, grad * reference.kl_slope(held, name))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(x.float().square().mean(-1) + eps.item()).flatten()
+    return reference.rms_norm(x, weight, eps=eps.item()), rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    grad, wide, r = grad.float(), x.float(), rstd.view(*x.shape[:-1], 1)
+    grad_weight = (
+        (grad * wide * r).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if needs_weight else weight.new_empty(0)
+    )
+    if not needs_x:
+        return x.new_empty(0), grad_weight
+    gw = grad * weight.float()
+    return (r * (gw - wide * r**2 * (gw * wide).mean(-1, keepdim=True))).to(x.dtype), grad_weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return reference.swiglu(gate, up)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    g, x, s = grad.float(), gate.float(), torch.sigmoid(gate.float())
+    return (g * up.float() * s * (1 + x * (1 - s))).to(gate.dtype), (g * x * s).to(up.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if back:  # the sines of the two halves change places and signs
+        sin = -torch.cat(sin.chunk(2, dim=-1)[::-1], dim=-1)
+    return reference.rotary_embedding(x.transpose(1, 2), cos, sin).transpose(1, 2).contiguous()
 
 
 def gae(

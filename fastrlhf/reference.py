@@ -187,6 +187,27 @@ def full_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, *, t
     return torch.where(counts, (log_p.exp() * gap).sum(-1), 0.0)
 
 
+# ------------------------------------------------------------------------------------- inside the decoder layers
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Zhang and Sennrich 2019 (arXiv:1910.07467), with eps under the root as in Llama."""
+    wide = upcast(x)
+    return (upcast(weight) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Shazeer 2020 (arXiv:2002.05202)."""
+    return (torch.nn.functional.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Su et al. 2021 (arXiv:2104.09864), equation 34, with element i + d / 2 as the partner of element i."""
+    low, high = upcast(x).chunk(2, dim=-1)
+    cos, sin = upcast(cos).unsqueeze(1), upcast(sin).unsqueeze(1)
+    return (torch.cat([low, high], -1) * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
+
+
 # ---------------------------------------------------------------------------------------------- token-wise
 
 

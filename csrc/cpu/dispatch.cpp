@@ -7,10 +7,11 @@
   {capability::log_probs, capability::log_probs_backward, capability::lm_head_pack,                             \
    capability::lm_head_logits, capability::lm_head_rows, capability::lm_head_gradient,                          \
    capability::lm_head_hidden_gradient, capability::lm_head_store_hidden, capability::narrow,                   \
-   capability::full_kl, capability::full_kl_backward, capability::pack_weight, capability::packed_rows,         \
-   capability::packed_linear, capability::cache_rows, capability::attention, capability::sample,                \
-   capability::kl, capability::gae, capability::rollout, capability::count, capability::ppo,                    \
-   capability::value, capability::moments, capability::whiten}
+   capability::full_kl, capability::full_kl_backward, capability::rms_norm, capability::rms_norm_backward,      \
+   capability::swiglu, capability::swiglu_backward, capability::rotate, capability::pack_weight,                \
+   capability::packed_rows, capability::packed_linear, capability::cache_rows, capability::attention,           \
+   capability::sample, capability::kl, capability::gae, capability::rollout, capability::count,                 \
+   capability::ppo, capability::value, capability::moments, capability::whiten}
 
 FASTRLHF_DECLARE_KERNELS(portable)
 #if defined(FASTRLHF_HAVE_X86_BUILDS)

@@ -146,6 +146,58 @@ struct PackedLinearArgs {
   int64_t out_stride, width;  // width: columns of out
 };
 
+// Rows of a block, in the gradient of a norm's weight: what the order of summation hangs on.
+constexpr int64_t kNormRows = 32;
+
+struct RmsNormArgs {
+  const void* x;
+  const void* weight;
+  DType dtype;  // of all but rstd
+  int64_t columns;
+  float eps;
+  void* y;
+  float* rstd;
+};
+
+struct RmsNormGradArgs {
+  const void* grad;
+  const void* x;
+  const void* weight;
+  const float* rstd;
+  DType dtype;
+  int64_t rows, columns;
+  void* grad_x;        // null: not wanted
+  float* grad_weight;  // [blocks][columns]; null: not wanted
+};
+
+struct SwigluArgs {
+  const void* gate;
+  const void* up;
+  DType dtype;
+  void* y;
+};
+
+struct SwigluGradArgs {
+  const void* grad;
+  const void* gate;
+  const void* up;
+  DType dtype;
+  void* grad_gate;
+  void* grad_up;
+};
+
+struct RotateArgs {
+  const void* x;
+  DType dtype;
+  int64_t length, heads, head_dim;
+  int64_t sequence_stride, position_stride, head_stride;  // of x, in elements
+  const float* cos;
+  const float* sin;
+  int64_t angle_stride;  // from one sequence's angles to the next one's; 0: all have the same
+  bool back;
+  void* y;
+};
+
 // Positions of a page of the KV cache.
 constexpr int64_t kPage = 16;
 
@@ -322,6 +374,11 @@ struct Kernels {
   void (*narrow)(const NarrowArgs&, int64_t begin, int64_t end);                   // elements
   void (*full_kl)(const FullKlArgs&, int64_t begin, int64_t end);
   void (*full_kl_backward)(const FullKlArgs&, int64_t begin, int64_t end);
+  void (*rms_norm)(const RmsNormArgs&, int64_t begin, int64_t end);               // rows
+  void (*rms_norm_backward)(const RmsNormGradArgs&, int64_t begin, int64_t end);  // blocks of kNormRows
+  void (*swiglu)(const SwigluArgs&, int64_t begin, int64_t end);                  // elements
+  void (*swiglu_backward)(const SwigluGradArgs&, int64_t begin, int64_t end);     // elements
+  void (*rotate)(const RotateArgs&, int64_t begin, int64_t end);                  // tokens
   void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);            // panels
   void (*packed_rows)(const PackedLinearArgs&, int64_t begin, int64_t end);    // rows
   void (*packed_linear)(const PackedLinearArgs&, int64_t begin, int64_t end);  // panels of out

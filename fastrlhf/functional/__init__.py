@@ -2,6 +2,7 @@
 
 from fastrlhf.functional.advantages import RolloutAdvantages, gae, gae_packed, rollout_advantages
 from fastrlhf.functional.kl import full_kl, kl_divergence
+from fastrlhf.functional.layers import rms_norm, rotary_embedding, swiglu
 from fastrlhf.functional.lm_head import (
     CrossEntropyStats,
     linear_cross_entropy,
@@ -37,8 +38,11 @@ __all__ = [
     "masked_whiten",
     "pairwise_reward_loss",
     "ppo_loss",
+    "rms_norm",
     "rollout_advantages",
+    "rotary_embedding",
     "sample_tokens",
+    "swiglu",
     "token_log_probs",
     "token_log_probs_and_entropy",
     "value_loss",

@@ -17,6 +17,11 @@
   void narrow(const NarrowArgs&, int64_t begin, int64_t end);                             \
   void full_kl(const FullKlArgs&, int64_t begin, int64_t end);                            \
   void full_kl_backward(const FullKlArgs&, int64_t begin, int64_t end);                   \
+  void rms_norm(const RmsNormArgs&, int64_t begin, int64_t end);                          \
+  void rms_norm_backward(const RmsNormGradArgs&, int64_t begin, int64_t end);             \
+  void swiglu(const SwigluArgs&, int64_t begin, int64_t end);                             \
+  void swiglu_backward(const SwigluGradArgs&, int64_t begin, int64_t end);                \
+  void rotate(const RotateArgs&, int64_t begin, int64_t end);                             \
   void pack_weight(const PackArgs&, int64_t begin, int64_t end);                          \
   void packed_rows(const PackedLinearArgs&, int64_t begin, int64_t end);                  \
   void packed_linear(const PackedLinearArgs&, int64_t begin, int64_t end);                \
