@@ -34,6 +34,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastrlhf import functional as F
 from fastrlhf import reference
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.trainers import linear_lm_head, lm_heads, register_lm_head
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.token_scorer import TokenScorer
@@ -157,6 +158,7 @@ def test_log_probs_and_entropies_are_the_models_own(model, lm_head):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_are_the_models_own(model, loss, lm_head):
     of_scored, of_numbers = LOSSES[loss]
+    fuse_layers(model)  # as the scorer does: it is the head that is judged
     double = copy.deepcopy(model).double()
     exact_loss = of_numbers(*from_logits(double, torch.float64))
     exact = gradients(double, exact_loss)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.batching import group_by_length, pad_right
 from fastrlhf.data.encode import Encoder
 from fastrlhf.data.steps import split_steps, step_places
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.loading import load_reward_model, load_tokenizer, tokenizer_with_pad
 from fastrlhf.rewards.detailed_scores import DetailedScores
 from fastrlhf.rewards.reward_model import position_scores, score_in_fp32
@@ -39,7 +40,8 @@ class ProcessRewardModel:
         self.settings = RewardSettings.load(name) if name else RewardSettings("process")
         if self.settings.heads != "process":
             raise ValueError(f"reward_funcs: {name!r} is no process reward model, its head is {self.settings.heads!r}")
-        self.model = score_in_fp32(load_reward_model(model, "reward_funcs", **options)).eval().requires_grad_(False)
+        model = score_in_fp32(load_reward_model(model, "reward_funcs", **options))
+        self.model = fuse_layers(model).eval().requires_grad_(False)
         self.tokenizer = tokenizer_with_pad(processing_class, self.model, unlike_eos=True)
         self.encoder = Encoder(self.tokenizer)
         self.batch_size = batch_size

@@ -13,6 +13,7 @@ from fastrlhf.batching import group_by_length, pad_right
 from fastrlhf.data.cells import chat_of
 from fastrlhf.data.encode import Encoder
 from fastrlhf.data.turns import turn_ends
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.loading import load_reward_model, load_tokenizer, tokenizer_with_pad
 from fastrlhf.rewards.combine import DISAGREEMENT, combine
 from fastrlhf.rewards.detailed_scores import DetailedScores
@@ -116,7 +117,7 @@ class RewardModel:
         self.settings = RewardSettings.load(name) if name else RewardSettings()
         heads = len(self.settings.names)
         model = load_reward_model(model, "reward_funcs", num_labels=heads, **options)
-        self.model = score_in_fp32(model).eval().requires_grad_(False)
+        self.model = fuse_layers(score_in_fp32(model)).eval().requires_grad_(False)
         self.tokenizer = tokenizer_with_pad(processing_class, self.model, unlike_eos=True)
         self.encoder = Encoder(self.tokenizer)
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf

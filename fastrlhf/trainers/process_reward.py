@@ -11,6 +11,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 
 from fastrlhf.batching import group_by_length, pad_right
 from fastrlhf.data.steps import prepare_steps
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.loading import load_reward_model, prepare_eval, tokenizer_with_pad, with_adapter
 from fastrlhf.rewards.calibration import expected_calibration_error
 from fastrlhf.rewards.reward_model import position_scores, score_in_fp32
@@ -46,7 +47,7 @@ class ProcessRewardTrainer(BaseTrainer):
     ) -> None:
         set_seed(args.seed)  # a new score head and adapters are drawn before the Trainer sets it
         options = model_init_kwargs or {}
-        model = score_in_fp32(load_reward_model(model, **options))
+        model = fuse_layers(score_in_fp32(load_reward_model(model, **options)))
         tokenizer = tokenizer_with_pad(
             processing_class, model, unlike_eos=True, trust_remote_code=options.get("trust_remote_code", False)
         )

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from fastrlhf.data import PairReport, prepare_pairs
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.loading import load_reward_model, prepare_eval, tokenizer_with_pad, with_adapter
 from fastrlhf.rewards.head_report import flat_metrics, head_report
 from fastrlhf.rewards.preference_report import write_report
@@ -70,7 +71,7 @@ class RewardTrainer(BaseTrainer):
             callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
         options = model_init_kwargs or {}
         self.settings = args.reward_settings
-        model = score_in_fp32(load_reward_model(model, num_labels=args.num_labels, **options))
+        model = fuse_layers(score_in_fp32(load_reward_model(model, num_labels=args.num_labels, **options)))
         tokenizer = tokenizer_with_pad(
             processing_class, model, unlike_eos=True, trust_remote_code=options.get("trust_remote_code", False)
         )

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastrlhf.batching import Packing
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.trainers.lm_heads import lm_head, registered_lm_head, unsupported
 from fastrlhf.trainers.packed_attention import packed, packed_attention
 from fastrlhf.trainers.scored_tokens import FromHidden, FromLogits, ScoredTokens
@@ -58,7 +59,7 @@ class TokenScorer(nn.Module):
 
     def __init__(self, model: nn.Module, lm_head: str = "fused", padding_free: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model = fuse_layers(model)
         self.fused = lm_head == "fused"
         self.padding_free = padding_free
         if self.fused:

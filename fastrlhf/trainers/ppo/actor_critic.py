@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrlhf.batching import Packing
+from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.rewards.reward_model import score_in_fp32
 from fastrlhf.trainers.sharding import copy_whole
 from fastrlhf.trainers.token_scorer import Loss, TokenScorer, check_packing, inside, part_of, run
@@ -49,7 +50,7 @@ class ActorCritic(TokenScorer):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         if value_model is not None:
-            score_in_fp32(value_model)
+            fuse_layers(score_in_fp32(value_model))
             _score_head(value_model)
             if padding_free:
                 check_packing("value_model", value_model, self._value_states)
