@@ -33,6 +33,21 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - ref_log_p)).sum(-1)
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """This and the next two as transformers write them for Llama."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+
+
 def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """k3."""
     log_ratio = ref_log_probs - log_probs

@@ -26,6 +26,7 @@ FAMILIES = {
     "lm_head": "From hidden states (the limit: the bare matrix products, into warm memory)",
     "advantages": "Advantages",
     "losses": "Losses",
+    "layers": "Inside the decoder layers, on CPU",
 }
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
 ROLLOUT, PPO, DPO = "rollout", "ppo", "dpo"

@@ -88,6 +88,8 @@ class Setting:
     # tokens x hidden size x vocabulary
     lm_heads: tuple[tuple[int, int, int], ...] = ((4096, 576, 49_152), (512, 2048, 32_000))
     lm_heads_of_ppo: tuple[tuple[int, int, int], ...] = ()  # for the row of the PPO loss alone
+    # tokens x hidden size x size between the MLP's products x heads
+    layers: tuple[tuple[int, int, int, int], ...] = ((768, 576, 1536, 9), (4096, 2048, 8192, 32))
     rollouts: Rollouts = field(default_factory=Rollouts)
     ppo: PPO = field(default_factory=PPO)
     training: Training = field(default_factory=Training)
@@ -115,6 +117,7 @@ FULL = {
 QUICK = {
     device: Setting(
         *(device, 32, (49_152,), ((32, 128),), (16, 128), 20, FULL[device].dtypes, 0.05, ((64, 128, 8192),)),
+        layers=((64, 64, 128, 2),),
         rollouts=replace(
             FULL[device].rollouts,
             batches=(1, 8),
@@ -139,6 +142,7 @@ TINY = Setting(
     seconds=0.0,
     lm_heads=((12, 8, 100),),
     lm_heads_of_ppo=((6, 8, 50),),
+    layers=((6, 16, 24, 2),),
     rollouts=Rollouts("tiny", (1, 3), 5, 4, LongTail(6, 2, 2, 6), ((3, 1000),), 16, 0.0),
     ppo=PPO("tiny", 4, 4, 4, 2, 2, 1, (2, 8)),
     training=Training(300, 32, 2, 4, 16, 5, 1),

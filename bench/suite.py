@@ -18,6 +18,7 @@ from fastrlhf.bench import (
     calls,
     compat,
     dpo_step,
+    layers,
     lm_head,
     log_probs,
     losses,
@@ -38,6 +39,7 @@ FAMILIES = {
     "lm_head": lm_head,
     "advantages": advantages,
     "losses": losses,
+    "layers": layers,
     "calls": calls,
     "rollout": rollout,
 }

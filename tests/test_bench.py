@@ -265,6 +265,9 @@ def inputs(op):
         "value_loss": (a, a + 0.3 * b, c, mask),
         "pairwise_reward_loss": (a[0], b[0]),
         "dpo_loss": (a[0], b[0], c[0], d[0]),
+        "rms_norm": (a, b[0]),
+        "swiglu": (a, b),
+        "rotary_embedding": (hidden[:, None], hidden.cos(), hidden.sin()),
     }[op]
 
 
@@ -409,7 +412,7 @@ def measured(only_us, tmp_path_factory):
 
 class TestSuite:
     def test_every_family_runs_and_says_what_it_measured(self, measured):
-        assert set(measured) == {"log_probs", "lm_head", "advantages", "losses", "calls", "accuracy"}
+        assert set(measured) == {"log_probs", "lm_head", "advantages", "losses", "layers", "calls", "accuracy"}
         for family, path in measured.items():
             content = records.read(path)
             assert content["family"] == family
@@ -431,7 +434,7 @@ class TestSuite:
 
     def test_the_issue_rows_are_there_with_their_targets(self, measured):
         targets = {}
-        for family in ("log_probs", "lm_head", "advantages", "losses", "calls"):
+        for family in ("log_probs", "lm_head", "advantages", "losses", "layers", "calls"):
             for row in records.read(measured[family])["rows"]:
                 targets[row["work"], row["dtype"]] = row["targets"]
         assert targets["log-prob, forward", "fp32"]["limit"] == 1.2
@@ -440,6 +443,7 @@ class TestSuite:
         }
         assert targets["log-prob + entropy, forward", "bf16"]["TRL"] == 15
         assert targets["linear → log-prob + entropy, forward", "fp32"]["limit"] == 0.92
+        assert targets["rms_norm, forward + backward", "bf16"]["torch.nn.functional"] == 2
         assert targets["linear → log-prob, forward + backward", "bf16"]["limit"] == 1.1
         assert targets["linear → PPO loss + metrics, frozen head, forward + backward", "fp32"] == {
             **{"limit": 1.05, "extra_mib": 32.0}
@@ -1056,7 +1060,8 @@ class TestGpuScript:
 
     def test_every_family_runs_and_all_parts_fit_in_25_minutes(self):
         parts = dict(re.findall(r'part "(\w+)" (\d+)', self.SCRIPT.read_text()))
-        assert set(parts) == {"peers", "build", "tests", *suite.FAMILIES, suite.ACCURACY}
+        on_gpu = {name for name in suite.FAMILIES if name != "layers"}
+        assert set(parts) == {"peers", "build", "tests", *on_gpu, suite.ACCURACY}
         assert sum(map(int, parts.values())) <= 25 * 60
 
     @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -39,6 +39,9 @@ def ours() -> Peer:
         "value_loss": lambda values, old, returns, mask: F.value_loss(values, old, returns, mask, clip=VALUE_CLIP),
         "pairwise_reward_loss": lambda chosen, rejected: F.pairwise_reward_loss(chosen, rejected),
         "dpo_loss": lambda *log_probs: F.dpo_loss(*log_probs, beta=BETA),
+        "rms_norm": lambda x, weight: F.rms_norm(x, weight),
+        "swiglu": lambda gate, up: F.swiglu(gate, up),
+        "rotary_embedding": lambda x, cos, sin: F.rotary_embedding(x, cos, sin),
     }
     return Peer(metadata.version("fastrlhf"), {name: Run(work) for name, work in ops.items()})
 
@@ -49,7 +52,7 @@ def eager_pytorch() -> Peer:
         for name in (
             *("token_log_probs", "token_log_probs_and_entropy", "full_kl", "kl_divergence", "masked_mean"),
             *("masked_whiten", "pairwise_reward_loss", "linear_token_log_probs", "linear_token_log_probs_and_entropy"),
-            *("linear_cross_entropy", "linear_ppo_loss"),
+            *("linear_cross_entropy", "linear_ppo_loss", "rms_norm", "swiglu", "rotary_embedding"),
         )
     }
     ops["gae"] = Run(lambda *inputs: eager.gae(*inputs, GAMMA, LAM))
