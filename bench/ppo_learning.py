@@ -6,7 +6,7 @@ TRL has none. EOS ends a response. Scores are those of TRL on both sides: at the
 ours otherwise puts an EOS behind a response without one, as the reward model met texts in its training.
 
 What stays different is the place of the score where a response ended early (ours: its last token; TRL: the one after),
-and the random numbers.
+and the random numbers. With `--full_length` EOS ends none, and only the random numbers are left.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ HYPER = {
 # curves overlap if at most two of twenty iterations are further apart.
 APART = 2.776 * (2 / 3) ** 0.5
 OUTSIDE = 0.1
+FULL_LENGTH = "-full-length"
 
 
 def main(arguments: list[str]) -> None:
@@ -55,6 +56,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--demo", type=Path, default=Path("runs/demo"), help="folder of a demo; begun if it isn't there"
     )
+    parser.add_argument("--full_length", action="store_true", help="EOS ends no response")
     parser.add_argument("--quick", action="store_true", help="two iterations of two seeds: does it all run?")
     parser.add_argument("--output", type=Path, default=None, help="folder for the results (bench/results of a clone)")
     options = parser.parse_args(arguments)
@@ -65,11 +67,13 @@ def main(arguments: list[str]) -> None:
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in PROVIDERS}
     for seed in range(seeds):
         for name in PROVIDERS if seed % 2 == 0 else reversed(PROVIDERS):
-            runs[name].append(ppo_worker.run(worker_plan(name, folder, prompts, iterations, seed)))
+            plan = worker_plan(name, folder, prompts, iterations, seed, eos=not options.full_length)
+            runs[name].append(ppo_worker.run(plan))
             last = runs[name][-1][-1]["metrics"]["objective/scores"]
             console.print(f"{name}, seed {seed}: score {last:.3g} after {iterations} iterations", highlight=False)
     target = (options.output or records.folder()) / records.slug(records.device_name("cpu"))
-    path = target / f"ppo-learning{records.variant(options.quick)}.json"
+    kind = FULL_LENGTH if options.full_length else ""
+    path = target / f"ppo-learning{kind}{records.variant(options.quick)}.json"
     content = {**records.environment("cpu"), "family": FAMILY, "hyper_parameters": HYPER, **result(runs)}
     records.write(path, content)
     draw(content, path.with_suffix(".png"))
@@ -94,18 +98,19 @@ def demo(folder: Path, console: Console) -> tuple[Path, list[str]]:
     return folder.resolve(), list(data.prompts["prompt"])
 
 
-def worker_plan(provider: str, folder: Path, prompts: list[str], iterations: int, seed: int) -> Plan:
+def worker_plan(provider: str, folder: Path, prompts: list[str], iterations: int, seed: int, eos: bool = True) -> Plan:
     arguments = {**HYPER, **QUIETLY, "seed": seed}
     if provider == TRL:
         # One micro-batch an optimiser step: TRL cuts mini-batches from it.
         arguments |= {"per_device_train_batch_size": PROMPTS, "local_rollout_forward_batch_size": PROMPTS}
-        arguments |= {"total_episodes": iterations * PROMPTS, "stop_token": "eos"}
+        arguments |= {"total_episodes": iterations * PROMPTS, "stop_token": "eos" if eos else None}
     else:
         arguments |= {"per_device_train_batch_size": PROMPTS // MINI_BATCHES, "rollout_batch_size": PROMPTS}
         arguments |= {"max_steps": iterations, "max_grad_norm": 0.0}
     policy, reward = str(folder / "sft"), str(folder / "reward_model")
     threads = torch.get_num_threads()
-    return Plan(provider, policy, reward, reward, "float32", "eager", prompts, arguments, threads, eos=True)
+    models = policy, reward, reward, "float32", "eager"
+    return Plan(provider, *models, prompts, arguments, threads, eos=eos, as_written=True)
 
 
 def result(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -147,8 +152,19 @@ def statement(content: dict[str, Any]) -> str:
         f"The curves {'overlap' if found['overlaps'] else 'do not overlap'}: in {many - found['apart']} of {many} "
         f"iterations the means over seeds differ by at most {APART:.2f} pooled spreads (95 % if the trainers were "
         f"equal). Last iteration: ours {ends[OURS]:.3g}, TRL {ends[TRL]:.3g}. On average the means differ by "
-        f"{statistics.mean(found['difference']):.2g}, the spread is {statistics.mean(found['spread']):.2g}."
+        f"{statistics.mean(found['difference']):.2g}, the spread is {statistics.mean(found['spread']):.2g}. Mean of "
+        f"the later half of the iterations, ± the spread over seeds: {_later_half(content)}."
     )
+
+
+def _later_half(content: dict[str, Any]) -> str:
+    texts = []
+    for metric, name in (("objective/scores", "score"), ("objective/kl", "KL")):
+        for provider in PROVIDERS:
+            curves = content["curves"][provider][metric]
+            each = [statistics.mean(curve[len(curve) // 2 :]) for curve in curves]
+            texts.append(f"{name} {provider} {statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}")
+    return ", ".join(texts)
 
 
 def draw(content: dict[str, Any], picture: Path) -> None:

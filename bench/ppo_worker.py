@@ -41,8 +41,8 @@ SCORES = "objective/scores"
 class Plan:
     """provider: OURS or TRL. policy, reward_model, value_model: folders; without a value model, ours puts the value
     head on the policy's trunk. dtype: of all weights. prompts: texts. arguments: of the provider's PPOConfig. eos:
-    whether EOS ends our responses, which are then scored as they stand (TRL's `stop_token` is among its arguments).
-    watch_update: look at the memory of our updates, which costs them time.
+    whether EOS ends our responses (TRL's `stop_token` is among its arguments). as_written: ours are scored as they
+    stand, as TRL's are. watch_update: look at the memory of our updates, which costs them time.
     """
 
     provider: str
@@ -55,6 +55,7 @@ class Plan:
     arguments: dict[str, Any]
     threads: int
     eos: bool = False
+    as_written: bool = False
     watch_update: bool = False
 
 
@@ -221,7 +222,7 @@ def ours(plan: Plan, phases: Phases, memory: Memory) -> Any:
             return RewardResult(scores, scores, {"reward_model": scores}), None
 
     models = load(plan)
-    made = (ScoredAsWritten if plan.eos else PPOTrainer)(
+    made = (ScoredAsWritten if plan.as_written else PPOTrainer)(
         models["policy"],
         PPOConfig(**plan.arguments),
         reward_funcs=models["reward_model"],

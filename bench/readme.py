@@ -31,6 +31,11 @@ FAMILIES = {
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
 ROLLOUT, PPO, DPO = "rollout", "ppo", "dpo"
 PHASES = ("rollout", "reward", "reference", "update", "backward", "optimizer")  # the last two are parts of the update
+LEARNING = {
+    "": "What PPO learns, ours and TRL's on the demo's task.",
+    ppo_learning.FULL_LENGTH: "The same where EOS ends no response, so that the score stands in the same place on both "
+    "sides (TRL has it one token after an EOS).",
+}
 DPO_PARTS = ("cpu_s", "backward_s", "optimizer_s", "reference_s")
 NOTHING = "No results are committed yet."
 
@@ -102,12 +107,11 @@ def _of_device(folder: Path) -> list[str]:
     dpo = next((found[name] for name in (DPO, f"{DPO}-huge-pages") if name in found), None)
     if dpo is not None:
         parts += [_of_dpo(dpo), family(dpo), "The peak of memory and seconds:", dpo_parts(dpo)]
-    learning = folder / "ppo-learning.json"
-    if learning.exists():
-        parts += [
-            f"What PPO learns, ours and TRL's on the demo's task. {ppo_learning.statement(records.read(learning))}"
-        ]
-        parts += [f"![reward curves](bench/results/{folder.name}/ppo-learning.png)"]
+    for kind, about in LEARNING.items():
+        learning = folder / f"ppo-learning{kind}.json"
+        if learning.exists():
+            parts.append(f"{about} {ppo_learning.statement(records.read(learning))}")
+            parts.append(f"![reward curves](bench/results/{folder.name}/{learning.with_suffix('.png').name})")
     return parts
 
 

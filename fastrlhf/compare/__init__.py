@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,14 @@ def run_from_command_line(argv: Sequence[str]) -> None:
     if args.synthetic:
         from fastrlhf.compare import bradley_terry
 
-        bradley_terry.report(args.output_dir, args.results_dir, args.seed, Console())
+        bradley_terry.report(args.output_dir, args.results_dir, args.seed, _console())
     else:
         run(args)
+
+
+def _console() -> Console:
+    """As wide as the table, where it writes to a file."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def run(args: CompareArguments) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def run(args: CompareArguments) -> dict[str, Any]:
     from fastrlhf.demo.workspace import Workspace
 
     quiet()
-    console, recipe = Console(), args.recipe()
+    console, recipe = _console(), args.recipe()
     data, base = load_demo_data(args, recipe, console)
     todo = plan(args.seeds, base, data, recipe)
     workspace = Workspace(args.output_dir, console, args.settings(), [name for name, *_ in todo])
