@@ -121,7 +121,8 @@ def best_of_n(argv: list[str]) -> None:
     """The best of N responses to each prompt, in output_dir/best.jsonl, and what best-of-n is worth at every n."""
     types = (LoadArguments, DatasetArguments, RewardSources, SamplingArguments, BestOfNArguments)
     load, data, sources, sampling, args = parse("best-of-n", argv, *types)
-    gold = [*(args.gold_models or []), *map(load_function, args.gold_functions or [])]
+    functions = [load_function(name, "gold_functions") for name in args.gold_functions or []]
+    gold = [*(args.gold_models or []), *functions]
     folder = Path(args.output_dir)
     samples = _sampled(load.model, load.init_kwargs(), data, sources, sampling, folder / SAMPLES, args.seed, gold)
     best = winners(samples, sampling.num_best, args.finished_only)

@@ -37,3 +37,17 @@ def peers():
     """The frameworks that fastrlhf.compat is compared with can be imported while the tests of one file run."""
     with peers_on_path():
         yield
+
+
+@pytest.fixture(scope="module")
+def only_us():
+    """In the benchmarks nobody but ourselves and eager PyTorch: torch.compile alone would take minutes."""
+    from fastrlhf.bench import peers, suite
+    from fastrlhf.bench.settings import TINY
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "ADAPTERS", {name: peers.ADAPTERS[name] for name in ("ours", "eager")})
+        patch.setattr(suite, "QUICK", {"cpu": TINY})
+        for variable in ("THP_MEM_ALLOC_ENABLE", "FASTRLHF_CPU_CAPABILITY", "FASTRLHF_BACKEND"):
+            patch.delenv(variable, raising=False)
+        yield

@@ -266,7 +266,10 @@ def test_the_command_line(folder, capsys):
         (["--temperature", "0"], "temperature=0.0 must be greater than 0: all responses would be the same"),
         (["--response_length", "-1"], "max_new_tokens=-1 must be at least 0"),
         (["--reward_weights", "1", "2"], "reward_weights has 2 weights for 1 reward_funcs"),
-        (["--gold_functions", "judges.py:none"], "has no function 'none'; it has length, letters"),
+        (
+            ["--gold_functions", "judges.py:none"],
+            "gold_functions: 'judges.py' has no function 'none'; it has length, letters",
+        ),
         (["--max_prompt_length", "1"], "more than max_prompt_length=1"),
     ],
 )
