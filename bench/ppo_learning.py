@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
     for seed in range(seeds):
         for name in PROVIDERS if seed % 2 == 0 else reversed(PROVIDERS):
             plan = worker_plan(name, folder, prompts, iterations, seed, eos=not options.full_length)
-            runs[name].append(ppo_worker.run(plan))
+            runs[name].append(checked(name, ppo_worker.run(plan)))
             last = runs[name][-1][-1]["metrics"]["objective/scores"]
             console.print(f"{name}, seed {seed}: score {last:.3g} after {iterations} iterations", highlight=False)
     target = (options.output or records.folder()) / records.slug(records.device_name("cpu"))
@@ -78,6 +78,14 @@ def main(arguments: list[str]) -> None:
     records.write(path, content)
     draw(content, path.with_suffix(".png"))
     console.print(f"{statement(content)}\n{path}", highlight=False)
+
+
+def checked(provider: str, iterations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The iterations. Raises RuntimeError where one has not as many optimiser steps as planned."""
+    steps, wanted = {x["optimizer_steps"] for x in iterations}, HYPER["num_ppo_epochs"] * MINI_BATCHES
+    if steps != {wanted}:
+        raise RuntimeError(f"{provider} made {sorted(steps)} optimiser steps an iteration, wanted {wanted}")
+    return iterations
 
 
 def demo(folder: Path, console: Console) -> tuple[Path, list[str]]:

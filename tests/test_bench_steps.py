@@ -151,6 +151,11 @@ class TestPPO:
         ppo_learning.draw(same, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").stat().st_size > 10_000
 
+    def test_learners_that_make_other_steps_are_refused(self):
+        assert len(ppo_learning.checked("TRL", [{"optimizer_steps": 2}] * 3)) == 3
+        with pytest.raises(RuntimeError, match=r"TRL made \[1, 2\] optimiser steps an iteration, wanted 2"):
+            ppo_learning.checked("TRL", [{"optimizer_steps": 2}, {"optimizer_steps": 1}])
+
     def test_both_learners_get_the_same_hyper_parameters(self, tmp_path):
         from fastrlhf.trainers import PPOConfig
 
