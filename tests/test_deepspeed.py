@@ -1,7 +1,6 @@
 """Two processes under DeepSpeed's ZeRO (gloo, CPU) against one without it and with twice the batch."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ from deepspeed_worker import RANKS, REFUSED, RESUMED, RUNS, alone, results
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_distributed import LOGGED, close, equal, flat
-from tiny import save_tiny_model, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from tiny import free_port, save_tiny_models
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 # Beside the environment, where it changes nothing of what other tests import.
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
@@ -25,21 +24,14 @@ if not DEEPSPEED.is_dir():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    save_tiny_model(folder / "model")
-    save_tiny_model(folder / "value", reward=True)
-    config = tiny_config()
-    config.tie_word_embeddings = True
-    LlamaForCausalLM(config).save_pretrained(folder / "tied")
-    tiny_tokenizer(pad_is_eos=False).save_pretrained(folder / "tied")
+    save_tiny_models(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What each process found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     worker = Path(__file__).with_name("deepspeed_worker.py")
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DEEPSPEED)}
     processes = []

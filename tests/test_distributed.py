@@ -1,7 +1,5 @@
 """Two processes (gloo, CPU) against one with twice the batch."""
 
-import socket
-
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -22,7 +20,7 @@ from distributed_worker import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import save_tiny_model, tiny_config, tiny_tokenizer
+from tiny import free_port, save_tiny_models, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastrlhf import functional as F
@@ -33,21 +31,14 @@ from fastrlhf.trainers.reductions import any_rank, gather_varying, global_advant
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    save_tiny_model(folder / "model")
-    save_tiny_model(folder / "value", reward=True)
-    config = tiny_config()
-    config.tie_word_embeddings = True
-    LlamaForCausalLM(config).save_pretrained(folder / "tied")
-    tiny_tokenizer(pad_is_eos=False).save_pretrained(folder / "tied")
+    save_tiny_models(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What each process found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(main, (port, folder), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 

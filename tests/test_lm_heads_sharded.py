@@ -4,7 +4,6 @@ Wherever fully_shard was called: on the scorer, on the model inside of it, on th
 """
 
 import os
-import socket
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny_model, tiny_config
+from tiny import free_port, save_tiny_model, tiny_config
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, set_seed
@@ -177,9 +176,7 @@ def ratio_in_bf16(rows):
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_model(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(on_one_rank, (port, folder), nprocs=RANKS)
     whole = {"sft": weights_after_sft(folder, "whole", per_device_train_batch_size=4)}
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)], whole

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ import torch
 from oracle import EPS, assert_as_good_as_eager, worst
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
+from tiny import free_port, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastrlhf.rollout.types import RolloutInterrupted, SamplingParams
@@ -279,9 +278,7 @@ def test_servers_that_cannot_serve_are_refused(stand):
         VLLMEngine(tiny_llama(), tiny_tokenizer(), mode=stand.url)
     with pytest.raises(ConnectionError, match=r"answered 404.*--worker-extension-cls"):
         VLLMEngine(tiny_llama(), tiny_tokenizer(), mode=stand.url + "nowhere")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ConnectionError, match="does not answer"):
         VLLMEngine(tiny_llama(), tiny_tokenizer(), mode=url)
 
@@ -600,9 +597,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     randomise(tiny_llama(), seed=9).save_pretrained(folder)
     tiny_tokenizer(pad_is_eos=False).save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -76,6 +77,23 @@ def save_tiny_model(folder: Path, reward: bool = False, chat: str | None = None)
     (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config).save_pretrained(folder)
     tiny_tokenizer(chat, pad_is_eos=False).save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_models(folder: Path) -> None:
+    """`model`, `value` with a score head, and `tied`, whose LM head is its embeddings."""
+    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "value", reward=True)
+    config = tiny_config()
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(folder / "tied")
+    tiny_tokenizer(pad_is_eos=False).save_pretrained(folder / "tied")
+
+
+def free_port() -> int:
+    """For processes that are to find each other on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def save_tiny_preferences(path: Path, count: int) -> str:
