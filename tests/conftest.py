@@ -51,3 +51,14 @@ def only_us():
         for variable in ("THP_MEM_ALLOC_ENABLE", "FASTRLHF_CPU_CAPABILITY", "FASTRLHF_BACKEND"):
             patch.delenv(variable, raising=False)
         yield
+
+
+@pytest.fixture(scope="module")
+def measured(only_us, tmp_path_factory):
+    """{family: its file}, from a run of everything at tiny sizes."""
+    from fastrlhf.cli import main
+
+    output = tmp_path_factory.mktemp("results")
+    assert main(["bench", "kernels", "--device", "cpu", "--quick", "--output", str(output)]) == 0
+    (folder,) = output.iterdir()
+    return {path.name.removesuffix("-quick.json"): path for path in folder.iterdir()}

@@ -32,15 +32,6 @@ from fastrlhf.cli import main
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def measured(only_us, tmp_path_factory):
-    """{family: its file}, from a run of everything at tiny sizes."""
-    output = tmp_path_factory.mktemp("results")
-    assert main(["bench", "kernels", "--device", "cpu", "--quick", "--output", str(output)]) == 0
-    (folder,) = output.iterdir()
-    return {path.name.removesuffix("-quick.json"): path for path in folder.iterdir()}
-
-
 class TestSuite:
     def test_every_family_runs_and_says_what_it_measured(self, measured):
         assert set(measured) == {"log_probs", "lm_head", "advantages", "losses", "layers", "calls", "accuracy"}
