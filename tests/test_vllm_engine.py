@@ -255,6 +255,15 @@ def test_a_server_gets_the_weights_as_they_are_now(stand):
     assert not list(Path(engine.backend.folder.name).iterdir())
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell began in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_server_leaves_what_was_finished(stand):
     engine = VLLMEngine(tiny_llama(), tiny_tokenizer(), mode=stand.url)
 
@@ -483,6 +492,7 @@ def test_limits(engine, llama):
             engine.generate(wrong, SamplingParams(5))
 
 
+@pytest.mark.usefixtures("interruptible")
 @needs_vllm
 def test_an_interrupt_leaves_finished_samples_and_a_sound_engine(engine, monkeypatch):
     core, sampling = engine.backend.llm.llm_engine, SamplingParams(10, n=2, seed=0, min_new_tokens=10, batch_size=2)
@@ -646,6 +656,7 @@ def test_a_real_server(server, llama):
     assert (stopped.responses, stopped.finish_reasons) == ([whole[: place + 1]], ["stop"])
 
 
+@pytest.mark.usefixtures("interruptible")
 @needs_vllm
 def test_an_interrupted_real_server_serves_on(server, monkeypatch):
     engine = VLLMEngine(tiny_llama(), tiny_tokenizer(pad_is_eos=False), mode=server)
