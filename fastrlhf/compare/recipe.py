@@ -21,7 +21,7 @@ class Recipe(demo.Recipe):
     dpo_prompts: int = 512
     dpo_candidates: int = 4
     dpo_batch_size: int = 16
-    dpo_learning_rate: float = 2e-5
+    dpo_learning_rate: float = 1e-4
     dpo_beta: float = 0.1
     # GRPO
     grpo_generations: int = 4
