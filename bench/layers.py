@@ -40,7 +40,7 @@ def _rows(setting: Setting, dtype: str, tokens: int, hidden: int, inner: int, he
         contenders = forward_backward(op, inputs, leaves, [grad]) | more
         read = sum(inputs[i].numel() for i in leaves)
         what = f"{'inputs' if len(leaves) > 1 else 'input'} read twice, result and gradients written, its gradient read"
-        floats = 2 * read + read + 2 * grad.numel()
+        floats = 3 * read + 2 * grad.numel()
         loops = limits.streams(floats * grad.element_size() // 4 // 5, reads=3, writes=2)
         return Row(
             op,

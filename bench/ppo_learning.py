@@ -167,7 +167,7 @@ def statement(content: dict[str, Any]) -> str:
 
 def _later_half(content: dict[str, Any]) -> str:
     texts = []
-    for metric, name in (("objective/scores", "score"), ("objective/kl", "KL")):
+    for metric, name in zip(CURVES, ("score", "KL"), strict=True):
         for provider in PROVIDERS:
             curves = content["curves"][provider][metric]
             each = [statistics.mean(curve[len(curve) // 2 :]) for curve in curves]

@@ -28,10 +28,9 @@ def fuse_layers(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if "forward" in vars(module):
                 continue
-            for form in (_rms_norm, _swiglu, _attention):
-                forward = form(module)
-                if forward is not None:
-                    module.forward = MethodType(forward, module)
+            forward = _rms_norm(module) or _swiglu(module) or _attention(module)
+            if forward is not None:
+                module.forward = MethodType(forward, module)
     return model
 
 

@@ -11,6 +11,7 @@ from causal_models import MODELS, InFp64, build, in_fp64
 from oracle import EPS, assert_as_good_as_eager
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
@@ -71,6 +72,20 @@ def test_what_is_fused_and_what_it_gives(name):
     for key, grad in gradients.items():
         slack = 64 * EPS * exact[key].abs().max().item()
         assert_as_good_as_eager(grad, own_gradients[key], exact[key], slack, key)
+
+
+def test_its_ops_are_at_work():
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fastrlhf":
+                called.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    model, called = fuse_layers(build("llama")), []  # it tries them, too
+    with Calls():
+        loss_and_gradients(model)
+    wanted = {"rms_norm": 7, "swiglu": 3, "rotate": 12, "rms_norm_backward": 7, "swiglu_backward": 3}
+    assert {name: called.count(name) for name in called} == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> gae_packed(const Tensor& rewards, const Tensor& value
   require(rewards.dim() == 1, "rewards", "[N]");
   const int64_t tokens = rewards.size(0), sequences = cu_seqlens.numel() - 1;
   const Tensor r = floats("rewards", rewards, rewards), v = floats("values", values, rewards);
-  const Tensor seqlens = cu_seqlens.is_contiguous() ? cu_seqlens : torch::stable::contiguous(cu_seqlens);
+  const Tensor seqlens = whole(cu_seqlens);
   Scratch<int64_t> copy(sequences + 1);
   const int64_t* ends = checked_ends(seqlens, tokens, copy);
   const OptionalTensor m = bools("mask", mask, rewards),

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> full_kl_backward(const Tensor& grad, const Tensor& lo
           "the shape of logits without the vocabulary");
   const std::vector<int64_t> nothing = {0};
   const auto made = [&](const Tensor& x, bool needed) {
-    return needed ? new_logits_like(x) : torch::stable::empty({nothing.data(), 1}, x.scalar_type());
+    return needed ? new_like(x) : torch::stable::empty({nothing.data(), 1}, x.scalar_type());
   };
   Tensor grad_logits = made(logits, needs_grad), grad_ref_logits = made(ref_logits, needs_ref_grad);
   f.args.grad = read(g);

@@ -5,10 +5,6 @@
 namespace fastrlhf {
 namespace {
 
-Tensor whole(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-Tensor new_like(const Tensor& x) { return torch::stable::empty(x.sizes(), x.scalar_type()); }
-
 Tensor same(const char* name, const Tensor& x, const Tensor& model) {
   require(x.is_cpu() && x.scalar_type() == model.scalar_type() && same_shape(x, model), name,
           "CPU, shape and dtype of the first argument");
@@ -87,7 +83,7 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) 
   };
   const float *cosine = angles("cos", cos), *sine = angles("sin", sin);
   require(cos.size(0) == sin.size(0), "sin", "the shape of cos");
-  Tensor y = torch::stable::empty(x.sizes(), x.scalar_type());
+  Tensor y = new_like(x);
   if (x.numel() == 0) return y;
   const RotateArgs args = {x.const_data_ptr(), dtype_of(x, "x"), x.size(1), x.size(2), x.size(3), x.stride(0),
                            x.stride(1), x.stride(2), cosine, sine, cos.size(0) == 1 ? 0 : x.size(1) * x.size(3), back,

@@ -51,7 +51,7 @@ class LmHead {
       require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight.size(0) &&
                   bias->scalar_type() == hidden.scalar_type(),
               "bias", "[V] on CPU, in the dtype of hidden");
-      bias_ = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+      bias_ = whole(*bias);
     }
     tokens_ = checked_tokens(tokens, weight.size(0));
     const float* number = numbers("numbers", head_numbers, 2);

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> token_log_probs_and_entropy(const Tensor& log
 
 Tensor token_log_probs_backward(const Tensor& grad_log_probs, const Tensor& logits, const Tensor& tokens,
                                 const Tensor& normaliser, const Tensor& temperature) {
-  Tensor grad_logits = new_logits_like(logits);
+  Tensor grad_logits = new_like(logits);
   backward(grad_log_probs, std::nullopt, logits, tokens, normaliser, std::nullopt, temperature, grad_logits);
   return grad_logits;
 }
@@ -73,7 +73,7 @@ Tensor token_log_probs_backward(const Tensor& grad_log_probs, const Tensor& logi
 Tensor token_log_probs_and_entropy_backward(const Tensor& grad_log_probs, const Tensor& grad_entropy,
                                             const Tensor& logits, const Tensor& tokens, const Tensor& normaliser,
                                             const Tensor& entropy, const Tensor& temperature) {
-  Tensor grad_logits = new_logits_like(logits);
+  Tensor grad_logits = new_like(logits);
   backward(grad_log_probs, grad_entropy, logits, tokens, normaliser, entropy, temperature, grad_logits);
   return grad_logits;
 }

@@ -10,7 +10,7 @@ constexpr int64_t kScoresWorthAThread = 512;  // positions times rows and heads
 Tensor integers(const char* name, const Tensor& x, int64_t rows) {
   require(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.size(0) == rows, name,
           "int64 on CPU, one for each row of qkv");
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return whole(x);
 }
 
 const float* vector(const char* name, const OptionalTensor& x, int64_t size) {

@@ -47,7 +47,7 @@ inline Tensor checked_normaliser(const Tensor& x, const Tensor& rows) {
   require(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == rows.dim() + 1 && x.size(-1) == 2 &&
               x.numel() == 2 * rows.numel(),
           "normaliser", "fp32 on CPU, two numbers a row");
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return whole(x);
 }
 
 // Fewer elements than this are done before another thread has woken up.
@@ -58,12 +58,10 @@ inline void check_rows(const char* name, const Tensor& x) {
   require(x.size(-1) == 1 || x.stride(-1) == 1, name, "a contiguous last dimension");
 }
 
-inline Tensor new_logits_like(const Tensor& logits) {
-  return torch::stable::empty(logits.sizes(), logits.scalar_type());
-}
+inline Tensor new_like(const Tensor& x) { return torch::stable::empty(x.sizes(), x.scalar_type()); }
 
 inline Tensor checked_tokens(const Tensor& tokens, int64_t vocabulary) {
-  Tensor flat = tokens.is_contiguous() ? tokens : torch::stable::contiguous(tokens);
+  Tensor flat = whole(tokens);
   const auto* ids = static_cast<const int64_t*>(flat.const_data_ptr());
   for (int64_t i = 0, n = flat.numel(); i < n; ++i)
     if (ids[i] != kIgnored && ids[i] != kElsewhere && (ids[i] < 0 || ids[i] >= vocabulary))

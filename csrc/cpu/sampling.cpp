@@ -8,7 +8,7 @@ namespace {
 Tensor per_row(const char* name, const Tensor& x, const Tensor& logits) {
   require(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.size(0) == logits.size(0), name,
           "int64 on CPU, one for each row of logits");
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return whole(x);
 }
 
 const int64_t* read_integers(const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); }

@@ -37,9 +37,11 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline Tensor whole(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 inline Tensor checked(const char* name, const Tensor& x, const Tensor& model, ScalarType dtype, const char* wanted) {
   require(x.is_cpu() && x.scalar_type() == dtype && same_shape(x, model), name, wanted);
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return whole(x);
 }
 inline Tensor floats(const char* name, const Tensor& x, const Tensor& model) {
   return checked(name, x, model, ScalarType::Float, "fp32 on CPU, in the shape of the first argument");
