@@ -201,7 +201,7 @@ def ours(plan: Plan, phases: Phases, memory: Memory) -> Any:
     from datasets import Dataset
 
     from fastrlhf.rewards import RewardResult
-    from fastrlhf.rewards.reward_model import sequence_scores
+    from fastrlhf.rewards.text_scores import sequence_scores, takes_packing
     from fastrlhf.rollout import NativeEngine
     from fastrlhf.trainers import PPOConfig, PPOTrainer
     from fastrlhf.trainers.ppo.phases import Phases as PhasesOfTrainer
@@ -218,10 +218,12 @@ def ours(plan: Plan, phases: Phases, memory: Memory) -> Any:
         @torch.no_grad()
         def scores(self, rows: list[dict[str, Any]], rollout: Any) -> tuple[RewardResult, None]:
             texts = [prompt + response for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)]
-            scores = sequence_scores(models["reward_model"], texts, self.processing_class.pad_token_id)
+            pad = self.processing_class.pad_token_id
+            scores = sequence_scores(models["reward_model"], texts, pad, packed=packed)[:, 0]
             return RewardResult(scores, scores, {"reward_model": scores}), None
 
     models = load(plan)
+    packed = takes_packing(models["reward_model"])
     made = (ScoredAsWritten if plan.as_written else PPOTrainer)(
         models["policy"],
         PPOConfig(**plan.arguments),

@@ -19,7 +19,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fastrlhf import functional as F
 from fastrlhf.rollout import SamplingParams, create_engine
 from fastrlhf.rollout.vllm_engine import checkpoint_weights
-from fastrlhf.trainers import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from fastrlhf.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    ProcessRewardConfig,
+    ProcessRewardTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from fastrlhf.trainers.reductions import (
     any_rank,
     gather_varying,
@@ -261,19 +272,22 @@ def ppos(rank: int, folder: Path) -> dict[str, Any]:
 DPO_RUNS: dict[str, dict[str, Any]] = {"ddp": {}, "ddp, lora": {}, "fsdp": {"fsdp": True}}
 
 
+PAIRS = {
+    "prompt": TEXTS,
+    "chosen": [f" {text}" for text in TEXTS[1:] + TEXTS[:1]],
+    "rejected": [" so"] * len(TEXTS),
+}
+FEW_PAIRS = {name: cells[:5] for name, cells in PAIRS.items()}
+
+
 def dpo(models: Path, output: Path, resume: bool = False, **options: Any) -> DPOTrainer:
     """A trainer that has trained."""
-    pairs = {
-        "prompt": TEXTS,
-        "chosen": [f" {text}" for text in TEXTS[1:] + TEXTS[:1]],
-        "rejected": [" so"] * len(TEXTS),
-    }
     options = {"per_device_train_batch_size": 8 // ranks(), "per_device_eval_batch_size": 3, **options}
     trainer = DPOTrainer(
         str(models / "model"),
         arguments(DPOConfig, output, **options),
-        Dataset.from_dict(pairs),
-        eval_dataset=Dataset.from_dict({name: cells[:5] for name, cells in pairs.items()}),
+        Dataset.from_dict(PAIRS),
+        eval_dataset=Dataset.from_dict(FEW_PAIRS),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "lm_head"]) if "lora" in output.name else None,
     )
     trainer.train(resume_from_checkpoint=str(output / "checkpoint-3") if resume else None)
@@ -298,7 +312,60 @@ def dpos(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines, ppos, dpos)
+REWARD_RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, lora": {},
+    "ddp, heads": {"num_heads": 3},
+    "ddp, steps": {},
+    "fsdp": {"fsdp": True},
+    "fsdp, padded": {"fsdp": True},
+    "fsdp, steps": {"fsdp": True},
+}
+
+
+def reward(models: Path, output: Path, resume: bool = False, **options: Any) -> RewardTrainer | ProcessRewardTrainer:
+    """A trainer that has trained: on pairs, or on steps."""
+    options = {"per_device_train_batch_size": 8 // ranks(), "per_device_eval_batch_size": 3, **options}
+    if "steps" in output.name:
+        rows = {
+            "prompt": TEXTS,
+            "steps": [text.split() for text in TEXTS],
+            "labels": [[float(word != "bad") for word in text.split()] for text in TEXTS],
+        }
+        # One rank has more steps than the other: the loss is the mean over those of both.
+        args = arguments(ProcessRewardConfig, output, step_separator=" ", **options)
+        trainer = ProcessRewardTrainer(str(models / "value"), args, Dataset.from_dict(rows))
+    else:
+        trainer = RewardTrainer(
+            str(models / ("model" if "heads" in output.name else "value")),
+            arguments(RewardConfig, output, **options),
+            Dataset.from_dict(PAIRS),
+            eval_dataset=Dataset.from_dict(FEW_PAIRS),
+            peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if "lora" in output.name else None,
+        )
+    if "padded" in output.name:
+        trainer.data_collator.packed = False
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-3") if resume else None)
+    return trainer
+
+
+def rewards(rank: int, folder: Path) -> dict[str, Any]:
+    results = {}
+    for name, options in REWARD_RUNS.items():
+        output = folder / f"reward, {name}"
+        trainer = reward(folder, output, **options)
+        results[name] = {
+            "weights": weights(trainer.model),
+            "log": steps_of(trainer),
+            "eval": {} if "steps" in name else trainer.evaluate(),
+            "packed": trainer.data_collator.packed,
+            "sharded": {isinstance(p, DTensor) for p in trainer.model.parameters()},
+            "resumed": weights(reward(folder, output, resume=True, **options).model),
+        }
+    return results
+
+
+CHECKS: tuple[Callable[[int, Path], Any], ...] = (reductions, sfts, refusals, casts, engines, ppos, dpos, rewards)
 
 
 def main(rank: int, port: int, folder: Path) -> None:

@@ -8,17 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrlhf.batching import (
-    PASS_COST,
-    Packing,
-    group_by_length,
-    pack_responses,
-    pack_sharing_prompts,
-    pad_right,
-    score_responses,
-    split_by_tokens,
-    split_into,
-)
+from fastrlhf.batching import pack_responses, pack_sharing_prompts, pad_right, score_responses, text_batches
+from fastrlhf.grouping import PASS_COST, batches_of, group_by_length, split_by_tokens, split_into
+from fastrlhf.packing import Packing, share_prefixes
 
 PROMPTS, RESPONSES = [[1, 2], [3], [4, 5, 6], [7, 7]], [[7, 8, 9], [10], [11, 12], []]
 
@@ -137,14 +129,70 @@ def test_a_shared_prompt_stands_once_and_predicts_every_first_token():
     batch = pack_sharing_prompts(prompts, responses, [0, 1, 2, 3])
     assert batch.input_ids.tolist() == [[1, 2, 4, 5, 3, 8]]
     assert batch.packing.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert batch.packing.lengths == [4, 2, 1, 2]  # of one prompt, the longest first
-    assert batch.packing.cu_seqlens.tolist() == [0, 4, 6, 7, 9]
-    assert batch.packing.shared.tokens.tolist() == [0, 1, 2, 3, 0, 1, 0, 4, 5]
-    assert batch.packing.shared.places.tolist() == [0, 1, 2, 3, 7, 8]
+    assert batch.packing.lengths == [4, 2, 2, 1]  # the longest first
+    assert batch.packing.cu_seqlens.tolist() == [0, 4, 6, 8, 9]
+    assert batch.packing.shared.tokens.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 0]
+    assert batch.packing.shared.places.tolist() == [0, 1, 2, 3, 6, 7]
     assert batch.packing.longest == (0, 4)
     assert batch.positions.tolist() == [1, 4, 5, 1, 2, 3]
     assert batch.tokens.tolist() == [7, 8, 9, 4, 5, 6]
     assert batch.by_sequence(batch.tokens).tolist() == [[7, 0, 0], [8, 9, 0], [4, 5, 6], [0, 0, 0]]
+
+
+def test_words_that_answers_begin_with_are_shared_too():
+    batch = pack_sharing_prompts([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, 6]], [0, 1])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4]]  # neither last token is read
+    assert batch.positions.tolist() == [1, 2, 3] * 2
+    assert batch.tokens.tolist() == [3, 4, 5, 3, 4, 6]
+
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(SEQUENCES)
+def test_every_beginning_stands_once(sequences):
+    row, packing, made_of = share_prefixes(sequences)
+    beginnings = {tuple(sequence[: end + 1]) for sequence in sequences for end in range(len(sequence))}
+    assert len(row) == len(beginnings)
+    for sequence, tokens in zip(sequences, made_of, strict=True):
+        assert [row[token] for token in tokens] == sequence
+        assert packing.position_ids[0, tokens].tolist() == list(range(len(sequence)))
+    in_order = sorted(made_of, key=lambda tokens: -len(tokens))
+    assert packing.lengths == [len(tokens) for tokens in in_order]
+    begin, longest = packing.longest
+    assert in_order[0] == list(range(begin, begin + longest))  # in one piece
+    if packing.shared is None:
+        assert [token for tokens in in_order for token in tokens] == list(range(len(row)))
+    else:
+        assert packing.shared.tokens.tolist() == [token for tokens in in_order for token in tokens]
+    assert (packing.shared is None) == (len(row) == sum(map(len, sequences)))
+
+
+@given(SEQUENCES, st.data())
+def test_places_in_batches_of_texts(texts, data):
+    some = [data.draw(st.lists(st.integers(0, len(text) - 1), max_size=3)) for text in texts]
+    for places in (None, some):
+        wanted = [(i, at) for i, text in enumerate(texts) for at in ([len(text) - 1] if places is None else places[i])]
+        for how in ({"packed": True}, {"packed": False}, {"packed": False, "one_batch": True}):
+            batches = text_batches(texts, 9, places, **how)
+            assert len(batches) == 1 or not how["packed"]
+            found = []
+            for batch in batches:
+                assert batch.at_ends == (places is None)
+                assert (batch.packing is None) == (batch.attention_mask is not None) == (not how["packed"])
+                ids = batch.input_ids.flatten()[batch.places].tolist()
+                found += zip(batch.texts.tolist(), ids, strict=True)
+            assert sorted(found) == sorted((i, texts[i][at]) for i, at in wanted)
+
+
+@given(SEQUENCES, st.integers(1, 4))
+def test_batches_of_texts_that_belong_together(texts, size):
+    for packed in (False, True):
+        batches = list(batches_of(texts, size, packed))
+        order = [texts[i] for batch in batches for i in batch]
+        assert sorted(i for batch in batches for i in batch) == list(range(len(texts)))
+        assert all(len(batch) <= size for batch in batches)
+        assert order == sorted(texts) if packed else list(map(len, order)) == sorted(map(len, texts))
 
 
 @pytest.mark.parametrize("build", [score_responses, pack_responses, pack_sharing_prompts])

@@ -18,9 +18,10 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fastrlhf.batching import Packing, pack_responses, pack_sharing_prompts, score_responses
+from fastrlhf import packed_attention
+from fastrlhf.batching import pack_responses, pack_sharing_prompts, score_responses
 from fastrlhf.loading import disable_dropout
-from fastrlhf.trainers import packed_attention
+from fastrlhf.packing import Packing
 from fastrlhf.trainers.ppo.actor_critic import ActorCritic
 from fastrlhf.trainers.token_scorer import TokenScorer
 

@@ -59,7 +59,16 @@ def test_margin_and_centering(tmp_path):
 def test_a_text_in_several_pairs_is_read_once(tmp_path):
     ours = trainer(tmp_path)
     batch = ours.data_collator(list(ours.train_dataset))
-    assert sum(len(group["input_ids"]) for group in batch["groups"]) == 5  # of 6 texts, one stands twice
+    assert batch["count"] == 5  # of 6 texts, one stands twice
+
+
+def test_a_shared_prompt_is_read_once(tmp_path):
+    rows = {"prompt": ["hi hi hi hi"] * 2, "chosen": [" good", " so"], "rejected": [" bad", " so so"]}
+    ours = trainer(tmp_path, rows)
+    ids = [list(ours.train_dataset[f"{side}_ids"]) for side in ("chosen", "rejected")]
+    beginnings = {tuple(text[: end + 1]) for side in ids for text in side for end in range(len(text))}
+    (batch,) = ours.data_collator(list(ours.train_dataset))["texts"]
+    assert batch.input_ids.numel() == len(beginnings) < sum(len(text) for side in ids for text in side)
 
 
 def test_it_learns_saves_and_evaluates(tmp_path):
@@ -327,4 +336,4 @@ class TestTurns:
 
     def test_the_last_turn_alone(self, tmp_path):
         batch = trainer(tmp_path, self.ROWS).data_collator([{"chosen_ids": [5, 1], "rejected_ids": [6, 1]}])
-        assert "turns" not in batch["groups"][0]
+        assert all(texts.at_ends for texts in batch["texts"])

@@ -21,7 +21,7 @@ from fastrlhf.rewards import (
     expected_calibration_error,
     normalize,
 )
-from fastrlhf.rewards.reward_model import score_in_fp32
+from fastrlhf.rewards.text_scores import score_in_fp32
 
 
 def length(prompts, completions, **columns):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.batching import group_by_length, pad_right
+from fastrlhf.batching import text_batches
 from fastrlhf.data.cells import Text
 from fastrlhf.data.encode import Encoder
+from fastrlhf.grouping import batches_of
 from fastrlhf.loading import load_causal_lm, load_tokenizer
 from fastrlhf.trainers.token_scorer import TokenScorer
 
@@ -53,8 +54,9 @@ class LMJudge:
         are plain text.
     min_mass: an opinion whose A and B have less probability than this together is none.
     batch_size: most texts in one forward. options: for `from_pretrained`, when model is a string.
-    A and B count with and without a space before them. Only the last position goes through the LM head. Raises
-    ValueError for a tokenizer that has no token for A or B.
+    A and B count with and without a space before them. Only the last position goes through the LM head, and what
+    several questions begin with, the request and the answer shown first, through the model once (texts are packed where
+    the model takes that). Raises ValueError for a tokenizer that has no token for A or B.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class LMJudge:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         name = model if isinstance(model, str) else model.config.name_or_path
         self.model = load_causal_lm(model, "judge", **options).eval().requires_grad_(False)
-        self.scorer = TokenScorer(self.model)
+        self.scorer = TokenScorer(self.model, padding_free=None)
         self.tokenizer = processing_class or load_tokenizer(name, "judge")
         self.encoder = Encoder(self.tokenizer)
         self.min_mass, self.batch_size = min_mass, batch_size
@@ -95,16 +97,13 @@ class LMJudge:
         sequences = self.encoder.prompts(asked, list(range(len(asked))), LEAD)
         opinions = [Opinion(None)] * len(sequences)
         fit = [i for i, ids in enumerate(sequences) if len(ids) <= self.max_length]
-        order = sorted(fit, key=lambda i: len(sequences[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for group in group_by_length([len(sequences[i]) for i in batch]):
-                rows = [batch[i] for i in group]
-                masses = self._masses([sequences[i] for i in rows]).tolist()
-                for i, (a, b) in zip(rows, masses, strict=True):
-                    # Not a / (a + b) of two that underflowed; at 0 and 0, min_mass has the say.
-                    said = a + b > 0 and a + b >= self.min_mass
-                    opinions[i] = Opinion(a / (a + b) if said else None, a + b)
+        for batch in batches_of([sequences[i] for i in fit], self.batch_size, self.scorer.padding_free):
+            rows = [fit[i] for i in batch]
+            masses = self._masses([sequences[i] for i in rows]).tolist()
+            for i, (a, b) in zip(rows, masses, strict=True):
+                # Not a / (a + b) of two that underflowed; at 0 and 0, min_mass has the say.
+                said = a + b > 0 and a + b >= self.min_mass
+                opinions[i] = Opinion(a / (a + b) if said else None, a + b)
         return opinions
 
     def _question(self, prompt: Text, first: str, second: str, question: str) -> Text:
@@ -114,17 +113,16 @@ class LMJudge:
     @torch.no_grad()
     def _masses(self, sequences: list[list[int]]) -> Tensor:
         """[n, 2], fp64: the probabilities of A and of B as the next token."""
-        input_ids, attention_mask = pad_right(sequences, 0)
-        ends = torch.arange(len(sequences)) * input_ids.shape[1] + attention_mask.sum(1) - 1
-        tokens = torch.tensor([token for word in self.words for token in word])
-        device = self.scorer.device
-        log_probs, _ = self.scorer(
-            input_ids.to(device),
-            ends.repeat_interleave(len(tokens)).to(device),
-            tokens.repeat(len(sequences)).to(device),
-        )
-        each = log_probs.double().exp().view(len(sequences), len(tokens)).cpu()
-        return torch.stack([part.sum(1) for part in each.split([len(word) for word in self.words], dim=1)], dim=1)
+        tokens = torch.tensor([token for word in self.words for token in word], device=self.scorer.device)
+        masses = torch.empty(len(sequences), len(self.words), dtype=torch.double)
+        for batch in text_batches(sequences, 0, packed=self.scorer.padding_free):
+            batch = batch.to(self.scorer.device)
+            places = batch.places.repeat_interleave(len(tokens))
+            log_probs, _ = self.scorer(batch.input_ids, places, tokens.repeat(len(batch.texts)), packing=batch.packing)
+            each = log_probs.double().exp().view(len(batch.texts), len(tokens)).cpu()
+            words = each.split([len(word) for word in self.words], dim=1)
+            masses[batch.texts.cpu()] = torch.stack([word.sum(1) for word in words], dim=1)
+        return masses
 
 
 def as_text(prompt: Text) -> str:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.batching import group_by_length, pad_right
+from fastrlhf.batching import text_batches
 from fastrlhf.data.encode import Encoder
 from fastrlhf.data.steps import split_steps, step_places
 from fastrlhf.fused_layers import fuse_layers
+from fastrlhf.grouping import batches_of
 from fastrlhf.loading import load_reward_model, load_tokenizer, tokenizer_with_pad
 from fastrlhf.rewards.detailed_scores import DetailedScores
-from fastrlhf.rewards.reward_model import position_scores, score_in_fp32
 from fastrlhf.rewards.settings import RewardSettings
+from fastrlhf.rewards.text_scores import score_in_fp32, scores_by_place, takes_packing
 
 
 class ProcessRewardModel:
@@ -42,6 +43,7 @@ class ProcessRewardModel:
             raise ValueError(f"reward_funcs: {name!r} is no process reward model, its head is {self.settings.heads!r}")
         model = score_in_fp32(load_reward_model(model, "reward_funcs", **options))
         self.model = fuse_layers(model).eval().requires_grad_(False)
+        self.packed = takes_packing(self.model)
         self.tokenizer = tokenizer_with_pad(processing_class, self.model, unlike_eos=True)
         self.encoder = Encoder(self.tokenizer)
         self.batch_size = batch_size
@@ -70,21 +72,18 @@ class ProcessRewardModel:
             for row, (text, content, end, ids) in enumerate(zip(texts, contents, ends, sequences, strict=True))
         ]
         found: list[list[float]] = [[] for _ in completions]
-        order = sorted((i for i in range(len(places)) if places[i]), key=lambda i: len(sequences[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for group in group_by_length([len(sequences[i]) for i in batch]):
-                rows = [batch[i] for i in group]
-                scores = self._scores([sequences[i] for i in rows], [places[i] for i in rows])
-                for i, values in zip(rows, scores.split([len(places[i]) for i in rows]), strict=True):
-                    found[i] = torch.sigmoid(values).tolist()
+        with_steps = [i for i in range(len(places)) if places[i]]
+        for batch in batches_of([sequences[i] for i in with_steps], self.batch_size, self.packed):
+            rows = [with_steps[i] for i in batch]
+            scores = self._scores([sequences[i] for i in rows], [places[i] for i in rows])
+            for i, values in zip(rows, scores.split([len(places[i]) for i in rows]), strict=True):
+                found[i] = torch.sigmoid(values).tolist()
         return ends, found
 
     def _scores(self, sequences: list[list[int]], places: list[list[int]]) -> Tensor:
         device = next(self.model.parameters()).device
-        input_ids, attention_mask = pad_right(sequences, self.tokenizer.pad_token_id)
-        at = torch.tensor([(row, place) for row, of_one in enumerate(places) for place in of_one], device=device)
-        return position_scores(self.model, input_ids.to(device), attention_mask.to(device), at)[:, 0]
+        batches = text_batches(sequences, self.tokenizer.pad_token_id, places, packed=self.packed)
+        return scores_by_place(self.model, [batch.to(device) for batch in batches])[:, 0]
 
 
 def _content(completion: Any) -> str:

@@ -9,13 +9,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from fastrlhf.batching import group_by_length, pad_right
+from fastrlhf.batching import text_batches
 from fastrlhf.data.steps import prepare_steps
 from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.loading import load_reward_model, prepare_eval, tokenizer_with_pad, with_adapter
 from fastrlhf.rewards.calibration import expected_calibration_error
-from fastrlhf.rewards.reward_model import position_scores, score_in_fp32
 from fastrlhf.rewards.settings import RewardSettings
+from fastrlhf.rewards.text_scores import score_in_fp32, scores_by_place, takes_packing
 from fastrlhf.trainers.base import BaseTrainer
 from fastrlhf.trainers.config import ProcessRewardConfig
 
@@ -58,22 +58,21 @@ class ProcessRewardTrainer(BaseTrainer):
         super().__init__(
             model=with_adapter(model, peft_config),
             args=args,
-            data_collator=StepCollator(tokenizer.pad_token_id),
+            data_collator=StepCollator(tokenizer.pad_token_id, takes_packing(model)),
             train_dataset=prepared(train_dataset),
             eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,
             compute_metrics=step_metrics,
             callbacks=callbacks,
         )
-        self.data_collator.one_group = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.data_collator.one_batch = self.is_deepspeed_enabled or self.is_fsdp_enabled
         # The loss is normalised by the steps of the whole accumulated batch, which the collator's `labels` count.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
 
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """[n], log-odds of every step of the batch, in the order of its labels."""
-        scores = [position_scores(model, **group)[:, 0] for group in inputs["groups"]]
-        return torch.cat(scores)[inputs["order"]]
+        return scores_by_place(model, inputs["texts"])[:, 0]
 
     def compute_loss(
         self,
@@ -105,29 +104,25 @@ class ProcessRewardTrainer(BaseTrainer):
 
 
 class StepCollator:
-    """Rows to padded groups of similar length, with the places where steps end, and the labels in the rows' order.
+    """Rows to batches of texts with the places where steps end, and the labels in the rows' order.
 
-    `one_group` puts all rows into one, for sharded models: see PreferenceCollator.
+    packed, one_batch: see PreferenceCollator.
     """
 
-    one_group = False
+    one_batch = False
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, packed: bool) -> None:
+        self.pad_token_id, self.packed = pad_token_id, packed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        groups = (
-            [list(range(len(rows)))] if self.one_group else group_by_length([len(row["input_ids"]) for row in rows])
+        batch: dict[str, Any] = {}
+        batch["texts"] = text_batches(
+            [row["input_ids"] for row in rows],
+            self.pad_token_id,
+            [row["places"] for row in rows],
+            packed=self.packed,
+            one_batch=self.one_batch,
         )
-        batch: dict[str, Any] = {"groups": []}
-        for group in groups:
-            input_ids, attention_mask = pad_right([rows[i]["input_ids"] for i in group], self.pad_token_id)
-            places = [(at, place) for at, i in enumerate(group) for place in rows[i]["places"]]
-            batch["groups"].append(
-                {"input_ids": input_ids, "attention_mask": attention_mask, "places": torch.tensor(places)}
-            )
-        steps = [(i, step) for group in groups for i in group for step in range(len(rows[i]["places"]))]
-        batch["order"] = torch.tensor(sorted(range(len(steps)), key=steps.__getitem__))
         batch["labels"] = torch.tensor([float(label) for row in rows for label in row["labels"]])
         batch["counts"] = torch.tensor([len(row["labels"]) for row in rows])
         return batch

@@ -22,7 +22,7 @@ from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.loading import load_reward_model, prepare_eval, tokenizer_with_pad, with_adapter
 from fastrlhf.rewards.head_report import flat_metrics, head_report
 from fastrlhf.rewards.preference_report import write_report
-from fastrlhf.rewards.reward_model import score_in_fp32, text_scores
+from fastrlhf.rewards.text_scores import score_in_fp32, takes_packing, text_scores
 from fastrlhf.trainers.base import BaseTrainer
 from fastrlhf.trainers.checkpoints import last_checkpoint
 from fastrlhf.trainers.config import RewardConfig
@@ -44,8 +44,10 @@ class RewardTrainer(BaseTrainer):
     peft_config: of adapters to train instead of the model.
 
     A text that stands in several pairs of a batch goes through the model once (all comparisons of one prompt in one
-    batch, Ouyang et al. 2022, section 3.5). Every evaluation writes `reports/STEP.json` with what `preference_report`
-    measures, and reliability diagrams beside it; `calibrate` fits what turns scores into probabilities.
+    batch, Ouyang et al. 2022, section 3.5), and so does what several texts begin with, as the two of a pair do with
+    their prompt: texts are packed where those that are do not disturb each other in the model, else padded. Every
+    evaluation writes `reports/STEP.json` with what `preference_report` measures, and reliability diagrams beside it;
+    `calibrate` fits what turns scores into probabilities.
     """
 
     runs_on_deepspeed = True
@@ -98,21 +100,21 @@ class RewardTrainer(BaseTrainer):
         super().__init__(
             model=with_adapter(model, peft_config),
             args=args,
-            data_collator=PreferenceCollator(tokenizer.pad_token_id, args.objectives),
+            data_collator=PreferenceCollator(tokenizer.pad_token_id, takes_packing(model), args.objectives),
             train_dataset=train,
             eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,
             compute_metrics=self._measure,
             callbacks=callbacks,
         )
-        self.data_collator.one_group = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.data_collator.one_batch = self.is_deepspeed_enabled or self.is_fsdp_enabled
         # The loss is the mean over a batch's pairs, so the Trainer divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
         self.last_report: dict[str, Any] = {}
 
     def _pair_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """[B, heads] each."""
-        scores = torch.cat([text_scores(model, **group) for group in inputs["groups"]])
+        scores = text_scores(model, inputs["texts"], inputs["count"])
         return scores[inputs["chosen"]], scores[inputs["rejected"]]
 
     def _loss(self, chosen: Tensor, rejected: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -1,39 +1,38 @@
-"""Batches of reward models: the distinct texts of the pairs, in groups of similar length, and what is said of them."""
+"""Batches of reward models: the distinct texts of the pairs, and what is said of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastrlhf.batching import group_by_length, pad_right
+from fastrlhf.batching import text_batches
 
 # Columns that may come with a pair, each a number.
 NUMBERS = ("margin", "gap")
 
 
 class PreferenceCollator:
-    """Pairs to the distinct texts among them, in padded groups of similar length, and each pair's places there.
+    """Pairs to the distinct texts among them, and each pair's two.
 
-    objectives: columns with the labels of each head, which become `objectives` [B, k]. `one_group` puts all texts of a
-    batch into one, for sharded models: a forward of theirs is a collective, and each rank would have its own number.
+    packed: the texts are packed, and what several begin with, a prompt at least, is read once.
+    objectives: columns with the labels of each head, which become `objectives` [B, k]. `one_batch` pads all texts to
+    one length, for sharded models: a forward of theirs is a collective, and each rank would have its own number.
     """
 
-    one_group = False
+    one_batch = False
 
-    def __init__(self, pad_token_id: int, objectives: list[str] | None = None) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, packed: bool, objectives: list[str] | None = None) -> None:
+        self.pad_token_id, self.packed = pad_token_id, packed
         self.objectives = objectives or []
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         chosen, rejected = ([_text(row, side) for row in rows] for side in ("chosen", "rejected"))
         texts = list(dict.fromkeys([*chosen, *rejected]))
-        groups = [list(range(len(texts)))] if self.one_group else group_by_length([len(ids) for ids, _ in texts])
-        place = {texts[index]: at for at, index in enumerate(i for group in groups for i in group)}
+        number = {text: i for i, text in enumerate(texts)}
         batch: dict[str, Any] = {
-            "chosen": torch.tensor([place[text] for text in chosen]),
-            "rejected": torch.tensor([place[text] for text in rejected]),
+            "chosen": torch.tensor([number[text] for text in chosen]),
+            "rejected": torch.tensor([number[text] for text in rejected]),
             "length_differences": torch.tensor(
                 [len(better) - len(worse) for (better, _), (worse, _) in zip(chosen, rejected, strict=True)]
             ),
@@ -45,14 +44,16 @@ class PreferenceCollator:
             batch["objectives"] = torch.tensor([[float(row[name]) for name in self.objectives] for row in rows])
         if "draws" in rows[0]:
             batch["draws"] = torch.tensor([row["draws"] for row in rows])
-        batch["groups"] = [self._group([texts[i] for i in group]) for group in groups]
+        turns = [places for _, places in texts]
+        batch["count"] = len(texts)
+        batch["texts"] = text_batches(
+            [ids for ids, _ in texts],
+            self.pad_token_id,
+            turns if any(turns) else None,
+            packed=self.packed,
+            one_batch=self.one_batch,
+        )
         return batch
-
-    def _group(self, texts: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Tensor]:
-        input_ids, attention_mask = pad_right([ids for ids, _ in texts], self.pad_token_id)
-        group = {"input_ids": input_ids, "attention_mask": attention_mask}
-        turns = [(row, place) for row, (_, places) in enumerate(texts) for place in places]
-        return {**group, "turns": torch.tensor(turns)} if turns else group
 
 
 def _text(row: dict[str, Any], side: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

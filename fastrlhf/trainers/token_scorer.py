@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from fastrlhf.batching import Packing
 from fastrlhf.fused_layers import fuse_layers
+from fastrlhf.packed_attention import packed_attention
+from fastrlhf.packed_forward import check_packing, run, same_up_to_rounding, why_not_packed
+from fastrlhf.packing import Packing
 from fastrlhf.trainers.lm_heads import lm_head, registered_lm_head, unsupported
-from fastrlhf.trainers.packed_attention import packed, packed_attention
 from fastrlhf.trainers.scored_tokens import FromHidden, FromLogits, ScoredTokens
 
 Loss = Callable[[ScoredTokens], Any]
@@ -37,34 +38,27 @@ def inside(module: nn.Module | None, function: Callable, *args: Any) -> Any:
         del module.forward
 
 
-def run(model: nn.Module, input_ids: Tensor, packing: Packing | None, **options: Any) -> Any:
-    """The output of a model of transformers for rows padded on the right, or for one row of packed sequences."""
-    # Causal attention alone keeps the padding from the tokens: no mask is needed.
-    if packing is None:
-        return model(input_ids=input_ids, use_cache=False, **options)
-    with packed(model, packing):
-        return model(input_ids=input_ids, position_ids=packing.position_ids, use_cache=False, **options)
-
-
 class TokenScorer(nn.Module):
     """Log-probs of chosen tokens, and losses of them, from the last hidden states of the positions that predict them.
 
     model: a causal language model of transformers, with or without LoRA adapters of peft.
     lm_head: "fused" never calls the model's LM head: the ops take its weight and keep no logits (`lm_heads`). "logits"
         has the model compute all its logits, and takes those at the positions.
-    padding_free: whether packed sequences are taken, too.
+    padding_free: whether packed sequences are taken, too; None: if they do not disturb each other in this model.
     Raises ValueError for a model whose logits are not what "fused" would compute, and with `padding_free` for one in
     which packed sequences disturb each other.
     """
 
-    def __init__(self, model: nn.Module, lm_head: str = "fused", padding_free: bool = False) -> None:
+    def __init__(self, model: nn.Module, lm_head: str = "fused", padding_free: bool | None = False) -> None:
         super().__init__()
         self.model = fuse_layers(model)
         self.fused = lm_head == "fused"
-        self.padding_free = padding_free
+        self.padding_free = padding_free is not False
         if self.fused:
             self._check_head()
-        if padding_free:
+        if padding_free is None:
+            self.padding_free = why_not_packed(causal_lm(model), self._states) is None
+        elif padding_free:
             check_packing("model", causal_lm(model), self._states)
 
     @property
@@ -189,10 +183,10 @@ class TokenScorer(nn.Module):
             return ours, scored.head.from_product(ramp_like(ours))
 
         (ours, of_large), _ = self.score(tokens[None], torch.arange(2, device=self.device), tokens, 1.0, logits)
-        same = same_logits(ours, model(**inputs).logits[0])
+        same = same_up_to_rounding(ours, model(**inputs).logits[0])
         if same and registered_lm_head(model) is None:  # one of these may give another product and no scale
             hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: ramp_like(output))
-            same = same_logits(of_large, model(**inputs).logits[0])
+            same = same_up_to_rounding(of_large, model(**inputs).logits[0])
             hook.remove()
         model.train(training)
         if not same:
@@ -209,42 +203,3 @@ def part_of(state_dict: dict[str, Tensor] | None, name: str) -> dict[str, Tensor
 def ramp_like(logits: Tensor) -> Tensor:
     """In every row, numbers from far below to far above any softcap."""
     return torch.linspace(-1000, 1000, logits.shape[-1], device=logits.device).to(logits.dtype).expand_as(logits)
-
-
-def same_logits(ours: Tensor, wanted: Tensor) -> bool:
-    """Up to the roundings of the dtype that they come from, or of TF32."""
-    if ours.shape != wanted.shape:
-        return False
-    tolerance = max(1e-3, 4 * torch.finfo(ours.dtype).eps) * wanted.nan_to_num().abs().max().item()
-    return torch.allclose(ours.float(), wanted.float(), rtol=0, atol=tolerance, equal_nan=True)
-
-
-@torch.no_grad()
-def check_packing(argument: str, model: PreTrainedModel, states: Callable[[Tensor, Packing | None], Tensor]) -> None:
-    """Packed sequences must be to the model what each is alone.
-
-    states: called as states(input_ids [1, N], packing or None), gives what the model makes of every token [N, H].
-    """
-    device = model.device
-    if device.type == "meta":
-        return
-    lengths = [5, 1, 3]
-    tokens = torch.arange(1, sum(lengths) + 1, device=device) * 7919 % model.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()
-    why = None
-    try:
-        alone = torch.cat([states(sequence[None], None) for sequence in tokens.split(lengths)])
-        together = states(tokens[None], Packing.of(lengths).to(device))
-        if not same_logits(together, alone):
-            why = "in it, packed sequences disturb each other, or their positions are not those that it is told"
-    except Exception as error:  # whatever a model makes of arguments or masks that it does not know
-        why, cause = f"it cannot take them ({type(error).__name__}: {error})", error
-    else:
-        cause = None
-    model.train(training)
-    if why is not None:
-        raise ValueError(
-            f"{argument}: {type(model).__name__} does not work on packed sequences: {why}. Set padding_free=False to "
-            "pad them instead."
-        ) from cause

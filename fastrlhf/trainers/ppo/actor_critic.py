@@ -8,11 +8,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastrlhf.batching import Packing
 from fastrlhf.fused_layers import fuse_layers
-from fastrlhf.rewards.reward_model import score_in_fp32
+from fastrlhf.packed_forward import check_packing, run
+from fastrlhf.packing import Packing
+from fastrlhf.rewards.text_scores import score_in_fp32
 from fastrlhf.trainers.sharding import copy_whole
-from fastrlhf.trainers.token_scorer import Loss, TokenScorer, check_packing, inside, part_of, run
+from fastrlhf.trainers.token_scorer import Loss, TokenScorer, inside, part_of
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_FOLDER = "value_model"

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fastrlhf.batching import ScoredBatch, pack_responses, score_responses, split_by_tokens, split_into
+from fastrlhf.batching import ScoredBatch, pack_responses, score_responses
+from fastrlhf.grouping import split_by_tokens, split_into
 from fastrlhf.rollout import Rollout
 from fastrlhf.trainers.ppo.config import PPOConfig
 from fastrlhf.trainers.ppo.targets import Targets

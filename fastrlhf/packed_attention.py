@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
-from fastrlhf.batching import Packing
+from fastrlhf.packing import Packing
 
 NAME = "fastrlhf_packed"
 HALF = (torch.bfloat16, torch.float16)
