@@ -29,14 +29,24 @@ FAMILIES = {
     "layers": "Inside the decoder layers, on CPU",
 }
 VARIANTS = {"huge-pages": "huge pages", "avx2": "AVX2 build", "portable": "portable build"}
-ROLLOUT, PPO, DPO = "rollout", "ppo", "dpo"
+ROLLOUT, PPO, SCORING = "rollout", "ppo", "scoring"
+PAIR_STEPS = {
+    "dpo": (
+        "Steps of DPO on the same pairs, after the reference's log-probs are computed; TRL as it comes runs the "
+        "reference in every step and recomputes activations."
+    ),
+    "reward": (
+        "Steps of a reward model on the same pairs, with the prompt that two answers share read once, and with five "
+        "heads on one trunk; TRL as it comes recomputes activations."
+    ),
+}
 PHASES = ("rollout", "reward", "reference", "update", "backward", "optimizer")  # the last two are parts of the update
 LEARNING = {
     "": "What PPO learns, ours and TRL's on the demo's task.",
     ppo_learning.FULL_LENGTH: "The same where EOS ends no response, so that the score stands in the same place on both "
     "sides (TRL has it one token after an EOS).",
 }
-DPO_PARTS = ("cpu_s", "backward_s", "optimizer_s", "reference_s")
+PAIR_PARTS = ("cpu_s", "backward_s", "optimizer_s", "reference_s")
 NOTHING = "No results are committed yet."
 
 
@@ -75,7 +85,7 @@ def performance_tables(folder: Path) -> str:
 
 
 def _of_device(folder: Path) -> list[str]:
-    families = (*FAMILIES, "calls", "accuracy", ROLLOUT, PPO, DPO)
+    families = (*FAMILIES, "calls", "accuracy", ROLLOUT, PPO, *PAIR_STEPS, SCORING)
     known = [*families, *(f"{name}-{variant}" for name in families for variant in VARIANTS)]
     found = {name: records.read(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()}
     usual = {name: found[name] for name in families if name in found}
@@ -104,9 +114,13 @@ def _of_device(folder: Path) -> list[str]:
     ppo = next((found[name] for name in (PPO, f"{PPO}-huge-pages") if name in found), None)
     if ppo is not None:
         parts += [_of_ppo(ppo), family(ppo), "Where the time goes, in seconds, with the peak of memory:", phases(ppo)]
-    dpo = next((found[name] for name in (DPO, f"{DPO}-huge-pages") if name in found), None)
-    if dpo is not None:
-        parts += [_of_dpo(dpo), family(dpo), "The peak of memory and seconds:", dpo_parts(dpo)]
+    for name, about in PAIR_STEPS.items():
+        if name in found:
+            parts += [_of_pairs(about, found[name]), family(found[name]), "The peak of memory and seconds:"]
+            parts.append(pair_parts(found[name]))
+    if SCORING in found:
+        about = "Verdicts of a judge and scores of a reward model, on texts that begin alike:"
+        parts.append(f"{about}\n\n{family(found[SCORING])}")
     for kind, about in LEARNING.items():
         learning = folder / f"ppo-learning{kind}.json"
         if learning.exists():
@@ -123,15 +137,14 @@ def _of_ppo(content: dict[str, Any]) -> str:
     )
 
 
-def _of_dpo(content: dict[str, Any]) -> str:
+def _of_pairs(about: str, content: dict[str, Any]) -> str:
     return (
-        "Steps of DPO on the same pairs, after the reference's log-probs are computed; TRL as it comes runs the "
-        "reference in every step and recomputes activations. Ours in bf16 keeps fp32 masters, and its memory is "
-        f"compared with TRL's with fp32 weights. {_who(content['peers'])}"
+        f"{about} Ours in bf16 keeps fp32 masters, and its memory is compared with TRL's with fp32 weights. "
+        f"{_who(content['peers'])}"
     )
 
 
-def dpo_parts(content: dict[str, Any]) -> str:
+def pair_parts(content: dict[str, Any]) -> str:
     """Of every contender: memory, the step and parts of it, and what the reference takes for all pairs before."""
     lines = {}
     for row in content["rows"]:
@@ -139,7 +152,7 @@ def dpo_parts(content: dict[str, Any]) -> str:
             if "peak_mib" not in result:
                 continue
             title = f"{row['work']}, {row['dtype']}" if name == records.OURS else name
-            numbers = (f"{result[key]:.3g}" if key in result else "" for key in DPO_PARTS)
+            numbers = (f"{result[key]:.3g}" if key in result else "" for key in PAIR_PARTS)
             lines[title] = (title, f"{result['peak_mib'] / 1024:.1f}", report.time(result["median_ms"]), *numbers)
     head = ["", "GiB", "step", "of all threads", "backward", "optimizer", "reference, before the training"]
     return table(head, list(lines.values()))

@@ -64,7 +64,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class DPO:
+class Pairs:
     model: str = "SmolLM2-135M-Instruct"
     pairs: int = 8  # of a step
     prompt: int = 32  # tokens
@@ -72,7 +72,19 @@ class DPO:
     most: int = 96
     steps: int = 3  # of every process; the first one warms up
     turns: int = 2  # of every contender
-    attention: dict[str, str] = field(default_factory=lambda: {"fp32": "sdpa", "bf16": "eager"})  # of TRL
+    # Of TRL, its faster one here: in fp32, and under autocast, torch's fused one, on weights of bf16 the plain one.
+    attention: dict[str, str] = field(default_factory=lambda: {"fp32": "sdpa", "bf16": "eager"})
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Texts of reward models and judges: every two of the answers to a prompt make a pair."""
+
+    model: str = "SmolLM2-135M-Instruct"
+    prompts: int = 8
+    prompt: int = 48  # tokens
+    answers: int = 4  # to each prompt
+    answer: int = 48  # tokens, in the mean
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ class Setting:
     rollouts: Rollouts = field(default_factory=Rollouts)
     ppo: PPO = field(default_factory=PPO)
     training: Training = field(default_factory=Training)
-    dpo: DPO = field(default_factory=DPO)
+    dpo: Pairs = field(default_factory=Pairs)
+    reward: Pairs = field(default_factory=Pairs)
+    scoring: Scoring = field(default_factory=Scoring)
 
     @property
     def on_cpu(self) -> bool:
@@ -129,7 +143,9 @@ QUICK = {
         ),
         ppo=PPO(prompts=4, prompt=4, response=4, epochs=2, micro_batch=2, turns=1, long=(2, 16)),
         training=Training(sequences=4, length=16, turns=1),
-        dpo=DPO(pairs=2, prompt=4, least=2, most=6, steps=2, turns=1),
+        dpo=Pairs(pairs=2, prompt=4, least=2, most=6, steps=2, turns=1),
+        reward=Pairs(pairs=2, prompt=4, least=2, most=6, steps=2, turns=1),
+        scoring=Scoring(prompts=2, prompt=4, answers=2, answer=4),
     )
     for device in FULL
 }
@@ -146,7 +162,9 @@ TINY = Setting(
     rollouts=Rollouts("tiny", (1, 3), 5, 4, LongTail(6, 2, 2, 6), ((3, 1000),), 16, 0.0),
     ppo=PPO("tiny", 4, 4, 4, 2, 2, 1, (2, 8)),
     training=Training(300, 32, 2, 4, 16, 5, 1),
-    dpo=DPO("tiny", 2, 4, 2, 6, 2, 1),
+    dpo=Pairs("tiny", 2, 4, 2, 6, 2, 1),
+    reward=Pairs("tiny", 2, 4, 2, 6, 2, 1),
+    scoring=Scoring("tiny", 2, 4, 2, 4),
 )
 
 

@@ -25,7 +25,9 @@ from fastrlhf.bench import (
     ppo_step,
     records,
     report,
+    reward_step,
     rollout,
+    scoring,
 )
 from fastrlhf.bench.contests import OURS
 from fastrlhf.bench.gpu import CudaStopwatch, copy_bandwidth
@@ -42,20 +44,22 @@ FAMILIES = {
     "layers": layers,
     "calls": calls,
     "rollout": rollout,
+    "scoring": scoring,
 }
 ACCURACY = "accuracy"
-PPO, DPO, COMPAT = "ppo", "dpo", "compat"
+PPO, DPO, REWARD, COMPAT = "ppo", "dpo", "reward", "compat"
 # Their contenders are processes, which are timed in there.
-STEPS = {PPO: ppo_step, DPO: dpo_step}
+STEPS = {PPO: ppo_step, DPO: dpo_step, REWARD: reward_step}
 # Whose peers are others than those of the kernels.
 ROLL_CALLS = {
     "rollout": rollout.roll_call,
+    "scoring": scoring.roll_call,
     **{name: family.roll_call for name, family in STEPS.items()},
     COMPAT: compat.roll_call,
 }
 SUITES = {
     "kernels": (*(name for name in FAMILIES if name not in ROLL_CALLS), ACCURACY),
-    "rollout": ("rollout",),
+    **{name: (name,) for name in FAMILIES if name in ROLL_CALLS},
     **{name: (name,) for name in (*STEPS, COMPAT)},
 }
 
@@ -166,4 +170,8 @@ in a process of its own, by turns. `make .venv/.peers` installs the frameworks."
 hyper-parameters, reference log-probs computed before. fp32 weights, and bf16 weights with fp32 masters; TRL in fp32,
 with all weights in bf16, with fp32 weights under bf16 autocast, and as it comes. Each runs in a process of its own, in
 turns. Takes ten minutes.""",
+    REWARD: """Times steps of RewardTrainer beside TRL's (`make bench` installs it): SmolLM2-135M-Instruct with a score
+head, the same pairs and hyper-parameters; and ours with five heads. Otherwise as `bench dpo`. Takes ten minutes.""",
+    "scoring": """Times the verdicts of a judge on every pair of several answers to a prompt, in both orders, and the
+scores of a reward model for these answers, beside transformers on the same tokens, padded.""",
 }

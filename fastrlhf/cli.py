@@ -28,7 +28,8 @@ usage: fastrlhf COMMAND [config.yaml] [--flag value ...]
   env                 versions, the machine, and which backend serves which op
   bench               bench kernels: the ops beside their peers and the physical limit; bench rollout: decoding;
                       bench ppo: whole iterations of PPO beside TRL's; bench ppo_learning: what both learn;
-                      bench dpo: steps of DPO; bench compat: other frameworks' functions beside ours in their place
+                      bench dpo, bench reward: steps of DPO and of reward models; bench scoring: judges and reward
+                      models; bench compat: other frameworks' functions beside ours in their place
 
 Each command explains its flags with --help. A YAML file may hold the same names; flags override it.
 --debug (or FASTRLHF_DEBUG=1) shows where an error came from. The documentation is README.md.
@@ -131,7 +132,7 @@ def bench(argv: list[str]) -> None:
         from fastrlhf.bench.ppo_learning import main as run_learning
 
         return run_learning(argv[1:])
-    suites = ("kernels", "rollout", "ppo", "dpo", "compat")
+    suites = ("kernels", "rollout", "ppo", "dpo", "reward", "scoring", "compat")
     if argv[:1] not in [[name] for name in suites]:
         what = " ".join(argv[:1]) or "what?"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The benchmarks of whole PPO iterations and DPO steps, whose contenders are processes."""
+"""The benchmarks of whole PPO iterations, of steps on pairs, whose contenders are processes, and of scoring."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ import torch
 from fastrlhf.bench import (
     decoding_models,
     dpo_step,
-    dpo_worker,
+    pair_step,
+    pair_worker,
     ppo_learning,
     ppo_step,
     ppo_worker,
     readme,
     records,
+    reward_step,
+    scoring,
 )
-from fastrlhf.bench.peers import trl_dpo, trl_ppo
+from fastrlhf.bench.measure import Stopwatch, measure
+from fastrlhf.bench.peers import trl_pairs, trl_ppo
 from fastrlhf.bench.settings import TINY
 from fastrlhf.trainers.master_weights import MasterWeights
 
@@ -199,45 +203,52 @@ def made_up_steps(plan, module):
         "before": {} if "precompute_ref_log_probs" not in plan.arguments and of_trl else {"reference": 2.0},
         "optimizer_steps": 1,
         "peak_mib": 1024.0 if of_trl else 512.0,
-        "metrics": {"logps/chosen": -100.0},
+        "metrics": {"logps/chosen": -100.0, "margin": 0.5, "rewards/margins": 0.5},
     }
     return [json.loads(json.dumps(one)) | {"seconds": 99.0}, one]
 
 
-class TestDPO:
-    """The benchmark of DPO's steps."""
+TRL_NAMES = [pair_step.TRL_FP32, pair_step.TRL_BF16, pair_step.TRL_MIXED, pair_step.AS_IT_COMES]
+
+
+@pytest.mark.parametrize("family", [dpo_step, reward_step], ids=lambda family: family.STEP.trainer)
+class TestPairs:
+    """The benchmarks of DPO's and reward models' steps."""
 
     @pytest.fixture
-    def measured_rows(self, monkeypatch):
+    def measured_rows(self, family, monkeypatch):
         plans = []
         monkeypatch.setattr(
             ppo_worker, "run", lambda plan, module: (plans.append(plan), made_up_steps(plan, module))[1]
         )
-        monkeypatch.setattr(trl_dpo, "version", lambda: "1.16.0")
-        return list(dpo_step.measure(TINY)), plans
+        monkeypatch.setattr(trl_pairs, "version", lambda: "1.16.0")
+        return list(family.measure(TINY)), plans
 
-    def test_every_row_is_there_with_its_targets_and_its_peers(self, measured_rows):
+    def test_every_row_is_there_with_its_targets_and_its_peers(self, family, measured_rows):
         rows, plans = measured_rows
-        peak, trl = records.PEAK_OF_TRL, list(dpo_step.TRL_RUN)
+        peak, trl, reward = records.PEAK_OF_TRL, TRL_NAMES, family is reward_step
+        variants = list(reward_step.ENSEMBLES.values()) if reward else []
         assert [(row["dtype"], tuple(row["results"])) for row in rows] == [
-            ("fp32", ("ours", trl[0], trl[3])),
-            ("bf16", ("ours", *trl[:3])),
+            ("fp32", ("ours", *variants[:1], trl[0], trl[3])),
+            ("bf16", ("ours", *variants[1:], *trl[:3])),
         ]
-        assert records.reached(rows[0]) == {trl[0]: (1.5, 4.0, True), peak: (1.0, 0.5, True)}
+        wanted = 1.7 if reward else 1.5
+        assert records.reached(rows[0]) == {trl[0]: (wanted, 4.0, True), peak: (1.0, 0.5, True)}
         assert records.reached(rows[1]) == {trl[1]: (1.5, 4.0, True), trl[2]: (1.5, 4.0, True), peak: (1.0, 0.5, True)}
         assert rows[0]["results"]["ours"]["median_ms"] == 1000.0  # without the step that warms up
         assert rows[0]["results"]["ours"]["reference_s"] == 2.0
         assert "reference_s" not in rows[0]["results"][trl[3]]
-        ran = [(plan.provider, plan.dtype) for plan in plans]
-        assert ran == [("ours", "float32"), ("ours", "bfloat16")] + [
-            ("TRL", dtype) for dtype in ("float32", "bfloat16", "float32", "float32")
+        ran = [(plan.provider, plan.dtype, plan.heads) for plan in plans]
+        assert ran == [
+            *[("ours", dtype, heads) for heads in ([1, 5] if reward else [1]) for dtype in ("float32", "bfloat16")],
+            *[("TRL", dtype, 1) for dtype in ("float32", "bfloat16", "float32", "float32")],
         ]
         assert len({json.dumps(plan.pairs) for plan in plans}) == 1
-        own = {"precompute_ref_log_probs", "gradient_checkpointing", "bf16"}
+        own = {"precompute_ref_log_probs", "gradient_checkpointing", "bf16", "num_heads"}
         same = [{name: x for name, x in plan.arguments.items() if name not in own} for plan in plans]
         assert all(arguments == same[0] for arguments in same)
 
-    def test_no_token_spans_the_border_of_prompt_and_completion(self, measured_rows):
+    def test_no_token_spans_the_border_of_prompt_and_completion(self, family, measured_rows):
         rows, plan = measured_rows[1][0].pairs, TINY.dpo
         assert len(rows) == plan.pairs * plan.steps
         for row in rows:
@@ -245,40 +256,60 @@ class TestDPO:
             assert all(plan.least <= len(row[side].split()) <= plan.most for side in ("chosen", "rejected"))
             assert all(text.startswith(" ") for text in row.values())
 
-    def test_unequal_work_is_an_error(self, measured_rows):
+    def test_unequal_work_is_an_error(self, family, measured_rows):
         steps = made_up_steps(measured_rows[1][0], "")
         with pytest.raises(RuntimeError, match=r"ours made \[1\] steps of the optimiser, wanted 2 times 1"):
-            dpo_step._check(TINY.dpo, "ours", steps[:1], [])
-        other = [steps[0] | {"metrics": {"logps/chosen": -101.0}}, steps[1]]
-        with pytest.raises(RuntimeError, match=r"has log-probs of -101\.0 where ours are -100\.0"):
-            dpo_step._check(TINY.dpo, dpo_step.TRL_FP32, other, steps)
+            pair_step.check(family.STEP, TINY.dpo, "ours", steps[:1], [])
+        other = [steps[0] | {"metrics": {"logps/chosen": -101.0, "margin": 0.6}}, steps[1]]
+        with pytest.raises(RuntimeError, match=r"where ours has .*: the work is not the same"):
+            pair_step.check(family.STEP, TINY.dpo, pair_step.TRL_FP32, other, steps)
 
     @pytest.mark.parametrize("provider", ["ours", "TRL"])
-    def test_a_process_makes_the_work_that_is_planned(self, provider):
-        if provider == "TRL" and "missing" in dpo_step.roll_call()["TRL"]:
-            pytest.skip(dpo_step.roll_call()["TRL"]["missing"])
-        plan, contender = (
-            TINY.dpo,
-            {**dpo_step.OURS_RUN, **dpo_step.TRL_RUN}[{"ours": "fp32"}.get(provider, "TRL fp32")],
-        )
-        with dpo_step.language_model(plan.model, (12, 10)) as found:
-            rows = dpo_step.pairs(found.tokenizer, found.texts, plan)
-            work = dpo_step.worker_plan(plan, found.folder, rows, contender)
-            made = ppo_worker.run(work, dpo_worker.__name__)
-        dpo_step._check(plan, provider, made, [])
-        found = dpo_step._result(plan, made)
-        assert found["repetitions"] == 1
-        assert 0 < found["backward_s"] + found["optimizer_s"] < made[1]["seconds"]
-        assert found["cpu_s"] > 0
-        assert found["reference_s"] > 0
-        assert found["peak_mib"] > 100
+    def test_a_process_makes_the_work_that_is_planned(self, family, provider):
+        if provider == "TRL" and "missing" in pair_step.roll_call()["TRL"]:
+            pytest.skip(pair_step.roll_call()["TRL"]["missing"])
+        step, plan = family.STEP, TINY.dpo
+        contenders = {**step.ours, **step.variants, **step.trl}
+        with pair_step.language_model(plan.model, (12, 10)) as found:
+            rows = pair_step.pairs(found.tokenizer, found.texts, plan)
+            made = {
+                name: ppo_worker.run(
+                    pair_step.worker_plan(step, plan, found.folder, rows, contenders[name]), pair_worker.__name__
+                )
+                for name in ("fp32", *({"ours": list(step.variants)[:1], "TRL": [pair_step.TRL_FP32]}[provider]))
+            }
+        for name, steps in made.items():
+            pair_step.check(step, plan, name, steps, made["fp32"])
+            found = pair_step.result(plan, steps)
+            assert found["repetitions"] == 1
+            assert 0 < found["backward_s"] + found["optimizer_s"] < steps[1]["seconds"]
+            assert found["cpu_s"] > 0
+            assert ("reference_s" in found) == (family is dpo_step)
+            assert found["peak_mib"] > 100
 
-    def test_in_the_readme(self, measured_rows, tmp_path):
-        folder = tmp_path / "device"
+    def test_in_the_readme(self, family, measured_rows, tmp_path):
+        folder, name = tmp_path / "device", family.STEP.trainer
         folder.mkdir()
-        content = {**records.environment("cpu"), "family": "dpo", "peers": dpo_step.roll_call(), "complete": True}
-        records.write(folder / "dpo.json", content | {"rows": measured_rows[0]})
+        content = {**records.environment("cpu"), "family": name, "peers": pair_step.roll_call(), "complete": True}
+        records.write(folder / f"{name}.json", content | {"rows": measured_rows[0]})
         made = readme.performance_tables(tmp_path)
-        assert "| TRL fp32 | 1.0 | 4 s | 7 | 0.5 | 0.1 | 2 |" in made
+        assert "| TRL fp32 | 1.0 | 4 s | 7 | 0.5 | 0.1 |" in made
         for block in re.findall(r"(?:^\|.*\n)+", made + "\n", flags=re.MULTILINE):
             assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+class TestScoring:
+    def test_ours_and_transformers_read_the_same_texts(self, tmp_path):
+        rows = [measure(row, Stopwatch(), 0.0) for row in scoring.rows(TINY)]
+        assert [(row["op"], row["dtype"]) for row in rows] == [
+            (op, dtype) for dtype in TINY.dtypes for op in ("judge", "reward")
+        ]
+        for row in rows:
+            assert set(row["results"]) == {"ours", scoring.TRANSFORMERS}
+            assert all(result["median_ms"] > 0 for result in row["results"].values())
+            assert row["tokens"] > 0
+        folder = tmp_path / "device"
+        folder.mkdir()
+        content = {**records.environment("cpu"), "family": "scoring", "peers": scoring.roll_call(), "complete": True}
+        records.write(folder / "scoring.json", content | {"rows": rows})
+        assert "Verdicts of a judge and scores of a reward model" in readme.performance_tables(tmp_path)

@@ -184,7 +184,7 @@ class TestSuite:
     def test_arguments_that_make_no_sense_are_refused(self, capsys):
         assert main(["bench"]) == 2
         assert (
-            "wanted `bench kernels`, `bench rollout`, `bench ppo`, `bench dpo`, `bench compat` or"
+            "`bench ppo`, `bench dpo`, `bench reward`, `bench scoring`, `bench compat` or `bench ppo_learning`"
             in capsys.readouterr().err
         )
         if not torch.cuda.is_available():

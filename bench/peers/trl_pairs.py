@@ -1,4 +1,4 @@
-"""TRL's DPO trainer, of the later of the two releases that `make bench` installs, which lies beside the other."""
+"""TRL's trainers on pairs, of the later of the two releases that `make bench` installs, which lies beside the other."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def version() -> str:
 
 
 def trainer(plan: Any, phases: Any, memory: Any) -> Any:
-    """A DPOTrainer; `reference` is the time in which it computes log-probs before the training."""
+    """A DPOTrainer or RewardTrainer; `reference` is the time in which it computes log-probs before the training."""
     sys.path.insert(0, str(folder("trl_latest")))
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    from fastrlhf.bench.dpo_worker import load
+    from fastrlhf.bench.pair_worker import load
 
     DPOTrainer._precompute_ref_logps = phases.of("reference", DPOTrainer._precompute_ref_logps)
-    return DPOTrainer(args=DPOConfig(**plan.arguments), **load(plan))
+    config, made = {"dpo": (DPOConfig, DPOTrainer), "reward": (RewardConfig, RewardTrainer)}[plan.trainer]
+    return made(args=config(**plan.arguments), **load(plan))
