@@ -178,4 +178,4 @@ class TestRun:
         assert "p.yaml:2:3: a principle lacks critique, revision" in capsys.readouterr().err
         Path("prompts.jsonl").write_text('{"text": "a"}\n')
         assert main(flags) == 2
-        assert "a column `prompt` is wanted, there are text" in capsys.readouterr().err
+        assert "the data set has the columns text; wanted `prompt`, or `messages`, or" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from fastrlhf.data.load import load_data
 from fastrlhf.data.pairs import PairReport, PairRules, prepare_pairs, prepare_preferences
-from fastrlhf.data.prepare import prepare_prompts, prepare_sft
+from fastrlhf.data.prepare import prepare_prompts, prepare_sft, prompt_texts
 
 __all__ = [
     "PairReport",
@@ -12,4 +12,5 @@ __all__ = [
     "prepare_preferences",
     "prepare_prompts",
     "prepare_sft",
+    "prompt_texts",
 ]

@@ -16,7 +16,7 @@ from fastrlhf.data.encode import Encoder, Rendered
 Rows = dict[str, list]
 
 SFT_LAYOUTS = "`messages`, or `prompt` and `completion`, or `text`, or `chosen` (with or without `prompt`)"
-PROMPT_LAYOUTS = "`prompt`, or `messages`, or `chosen` conversations to take the prompt from, or `input_ids`"
+PROMPT_LAYOUTS = "`prompt`, or `messages`, or `chosen` conversations to take the prompt from"
 
 
 def prepare_sft(
@@ -125,23 +125,12 @@ def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_pr
     """
     cells.require_dataset(dataset, "prompts")
     encoder = Encoder(tokenizer)
-    layouts = ("prompt", "messages", "chosen", "input_ids")
-    source = next((name for name in layouts if name in dataset.column_names), None)
-    if source is None:
-        raise cells.wrong_columns(dataset, "prompts", PROMPT_LAYOUTS)
-
-    def prompt_of(value: object, row: int) -> cells.Text:
-        text = cells.check_text(value, source, row)
-        if source == "prompt":
-            return text
-        if isinstance(text, str):
-            return cells.split_transcript(text, source, row)[0]
-        return text[: cells.last_assistant_turn(text, source, row)]
+    source = _prompt_source(dataset, ("input_ids",))
 
     def prepare(rows: Rows, indices: list[int]) -> Rows:
         if source == "input_ids":
             return _tokenised_prompts(rows, indices, tokenizer)
-        prompts = [prompt_of(value, row) for row, value in zip(indices, rows[source], strict=True)]
+        prompts = [_prompt_of(source, value, row) for row, value in zip(indices, rows[source], strict=True)]
         batch: Rows = {"prompt_ids": encoder.prompts(prompts, indices)}
         return batch if source == "prompt" else {"prompt": prompts, **batch}
 
@@ -160,6 +149,31 @@ def prepare_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_pr
             f"has {lengths.max()}). Raise max_prompt_length, or leave those rows out with dataset.filter(...)."
         )
     return prepared
+
+
+def prompt_texts(dataset: Dataset) -> list[cells.Text]:
+    """The prompts of a data set as texts or messages, from the columns that `prepare_prompts` takes them from but
+    `input_ids`, with the same errors."""
+    cells.require_dataset(dataset, "prompts")
+    source = _prompt_source(dataset)
+    return [_prompt_of(source, value, row) for row, value in enumerate(dataset[source])]
+
+
+def _prompt_source(dataset: Dataset, more: tuple[str, ...] = ()) -> str:
+    layouts = ("prompt", "messages", "chosen", *more)
+    source = next((name for name in layouts if name in dataset.column_names), None)
+    if source is None:
+        raise cells.wrong_columns(dataset, "prompts", ", or ".join([PROMPT_LAYOUTS, *(f"`{name}`" for name in more)]))
+    return source
+
+
+def _prompt_of(source: str, value: object, row: int) -> cells.Text:
+    text = cells.check_text(value, source, row)
+    if source == "prompt":
+        return text
+    if isinstance(text, str):
+        return cells.split_transcript(text, source, row)[0]
+    return text[: cells.last_assistant_turn(text, source, row)]
 
 
 def _tokenised_prompts(rows: Rows, indices: list[int], tokenizer: PreTrainedTokenizerBase) -> Rows:

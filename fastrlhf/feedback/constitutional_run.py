@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.cli_arguments import parse
+from fastrlhf.data import prompt_texts
 from fastrlhf.feedback.arguments import ConstitutionalArguments
 from fastrlhf.feedback.constitutional import Constitutional
 from fastrlhf.feedback.judge import LMJudge
@@ -23,19 +24,18 @@ def main(argv: list[str]) -> None:
     (args,) = parse("constitutional", argv, ConstitutionalArguments)
     principles = load_principles(args.principles)
     data = load_rows(args)
-    if "prompt" not in data.column_names:
-        raise ValueError(f"dataset: a column `prompt` is wanted, there are {', '.join(data.column_names)}")
+    prompts = prompt_texts(data)
     told = [asdict(principle) for principle in principles]
     records = Records(args.output_dir, "revisions.jsonl", settings(args, data, principles=told))
     model, tokenizer, engine, sampling = writer(args.model, args)
     revise = Constitutional(engine, tokenizer, principles, sampling, rounds=args.rounds, context=context_of(model))
     judge = PairJudge(LMJudge(model, tokenizer)) if args.judge_revisions else None
     for batch in batches(len(data), records.done, args.batch_size):
-        rows = data[batch]
-        found = revise(batch, rows["prompt"], rows.get("response"))
+        asked = [prompts[row] for row in batch]
+        found = revise(batch, asked, data[batch].get("response"))
         made = [
             {"row": row, "prompt": prompt, "revision": each.revision, **each.as_dict()}
-            for row, prompt, each in zip(batch, rows["prompt"], found, strict=True)
+            for row, prompt, each in zip(batch, asked, found, strict=True)
         ]
         if judge is not None:
             _add_judgements(judge, made)
