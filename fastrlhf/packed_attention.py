@@ -138,11 +138,11 @@ def packed_attention_forward(
     packing = _current.packing
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
-    if packing.shared is not None:  # what sequences share is in each of them for the attention alone
-        query, key, value = (x.index_select(0, packing.shared.tokens) for x in (query, key, value))
+    # What sequences share is in each of them for the attention alone.
+    query, key, value = (packing.by_sequence(x) for x in (query, key, value))
     if _current.kind == "flash_attention_2":
         out = _flash_attention(query, key, value, packing, dropout, scaling, sliding_window, softcap)
-        return _packed(out, packing), None
+        return packing.from_sequences(out)[None], None
 
     blocks = zip(*(_to_blocks(x, packing) for x in (query, key, value)), strict=True)
     out = []
@@ -158,12 +158,8 @@ def packed_attention_forward(
         out.append(x.flatten(0, 1))
     out = out[0] if len(out) == 1 else torch.cat(out)
     places = packing.rows.places
-    return _packed(out if places is None else _FromSlots.apply(out, packing.rows.slots, places), packing), None
-
-
-def _packed(out: Tensor, packing: Packing) -> Tensor:
-    """[1, N, h, e] of [S, h, e]: of a token that is in several sequences, what it is in the first."""
-    return (out if packing.shared is None else out.index_select(0, packing.shared.places))[None]
+    out = out if places is None else _FromSlots.apply(out, packing.rows.slots, places)
+    return packing.from_sequences(out)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention_forward)

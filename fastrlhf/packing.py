@@ -85,6 +85,14 @@ class Packing:
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, torch.tensor([list(positions)]), cu_seqlens, shared)
 
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """[S, ...] of x [N, ...] of the packed tokens: of the tokens of the sequences, one after the other."""
+        return x if self.shared is None else x.index_select(0, self.shared.tokens)
+
+    def from_sequences(self, x: Tensor) -> Tensor:
+        """[N, ...] of x [S, ...]: of a token that is in several sequences, what it is in the first."""
+        return x if self.shared is None else x.index_select(0, self.shared.places)
+
     def to(self, device: torch.device) -> Packing:
         shared = None if self.shared is None else self.shared.to(device)
         return Packing(self.lengths, self.position_ids.to(device), self.cu_seqlens.to(device), shared)
@@ -117,7 +125,7 @@ class Packing:
 
 def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Packing, list[list[int]]]:
     """One row of tokens in which what several sequences begin with stands once: the row, where in it the sequences are,
-    and of each, in the order given, the packed tokens that it is made of.
+    and of each the packed tokens that it is made of.
 
     Causal attention gives the tokens of a common beginning the same states in all of them.
     """
@@ -126,8 +134,7 @@ def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Packi
     made_of: list[list[int]] = [[]] * len(sequences)
     tree: dict[int, tuple[int, dict]] = {}  # token -> its place in the row, and what follows it
     # The longest first, so that it is in one piece.
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    for i in order:
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
         branch, places = tree, []
         for position, token in enumerate(sequences[i]):
             if token not in branch:
@@ -137,7 +144,12 @@ def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Packi
             place, branch = branch[token]
             places.append(place)
         made_of[i] = places
-    in_order = [made_of[i] for i in order]
-    if len(row) == sum(map(len, in_order)):
-        return row, Packing.of([len(places) for places in in_order]), made_of
-    return row, Packing.of_sequences(in_order, positions), made_of
+    lengths = [len(sequence) for sequence in sequences]
+    if len(row) < sum(lengths):
+        return row, Packing.of_sequences(made_of, positions), made_of
+    ends = [*accumulate(lengths)]
+    return (
+        [token for sequence in sequences for token in sequence],
+        Packing.of(lengths),
+        [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)],
+    )

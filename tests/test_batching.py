@@ -129,10 +129,10 @@ def test_a_shared_prompt_stands_once_and_predicts_every_first_token():
     batch = pack_sharing_prompts(prompts, responses, [0, 1, 2, 3])
     assert batch.input_ids.tolist() == [[1, 2, 4, 5, 3, 8]]
     assert batch.packing.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert batch.packing.lengths == [4, 2, 2, 1]  # the longest first
-    assert batch.packing.cu_seqlens.tolist() == [0, 4, 6, 8, 9]
-    assert batch.packing.shared.tokens.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 0]
-    assert batch.packing.shared.places.tolist() == [0, 1, 2, 3, 6, 7]
+    assert batch.packing.lengths == [2, 2, 4, 1]
+    assert batch.packing.cu_seqlens.tolist() == [0, 2, 4, 8, 9]
+    assert batch.packing.shared.tokens.tolist() == [0, 1, 4, 5, 0, 1, 2, 3, 0]
+    assert batch.packing.shared.places.tolist() == [0, 1, 6, 7, 2, 3]
     assert batch.packing.longest == (0, 4)
     assert batch.positions.tolist() == [1, 4, 5, 1, 2, 3]
     assert batch.tokens.tolist() == [7, 8, 9, 4, 5, 6]
@@ -157,14 +157,13 @@ def test_every_beginning_stands_once(sequences):
     for sequence, tokens in zip(sequences, made_of, strict=True):
         assert [row[token] for token in tokens] == sequence
         assert packing.position_ids[0, tokens].tolist() == list(range(len(sequence)))
-    in_order = sorted(made_of, key=lambda tokens: -len(tokens))
-    assert packing.lengths == [len(tokens) for tokens in in_order]
+    assert packing.lengths == [len(sequence) for sequence in sequences]
     begin, longest = packing.longest
-    assert in_order[0] == list(range(begin, begin + longest))  # in one piece
-    if packing.shared is None:
-        assert [token for tokens in in_order for token in tokens] == list(range(len(row)))
-    else:
-        assert packing.shared.tokens.tolist() == [token for tokens in in_order for token in tokens]
+    assert list(range(begin, begin + longest)) in made_of  # in one piece
+    assert longest == max(packing.lengths)
+    tokens = torch.arange(len(row))
+    assert packing.by_sequence(tokens).tolist() == [token for of_one in made_of for token in of_one]
+    assert torch.equal(packing.from_sequences(packing.by_sequence(tokens)), tokens)
     assert (packing.shared is None) == (len(row) == sum(map(len, sequences)))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GP
 from fastrlhf import functional as F
 from fastrlhf.cli import main
 from fastrlhf.rollout import NativeEngine
+from fastrlhf.trainers.ppo import experience as batches_of_ppo
 from fastrlhf.trainers.ppo.experience import micro_batches, mini_batches
 
 ESTIMATORS = {
@@ -131,6 +132,34 @@ class TestBatches:
         batches = all_rows(ours, made)
         assert all(batch.input_ids.numel() <= 20 for batch in batches)
         assert sum(batch.tokens.numel() for batch in batches) == made.rollout.lengths.sum()
+
+    @pytest.mark.parametrize("options", [{"max_tokens_per_micro_batch": 40}, {"per_device_train_batch_size": 4}])
+    def test_a_prompt_is_read_once_for_its_responses(self, tmp_path, options):
+        ours = trainer(tmp_path, advantage_estimator="grpo", num_generations=4, **options)
+        made = experience(ours)
+        batches = all_rows(ours, made)
+        rollout, limit = made.rollout, options.get("max_tokens_per_micro_batch", math.inf)
+        for batch in batches:
+            assert batch.input_ids.numel() <= limit
+            fed = [rollout.prompts[row] + rollout.responses[row][:-1] for row in batch.sequence_rows]
+            beginnings = {tuple(tokens[: end + 1]) for tokens in fed for end in range(len(tokens))}
+            assert batch.input_ids.numel() == len(beginnings) < sum(map(len, fed))
+        read = sum(batch.input_ids.numel() for batch in batches)
+        assert read <= sum(map(len, rollout.prompts)) / 4 + sum(map(len, rollout.responses))
+        padded = trainer(tmp_path, advantage_estimator="grpo", num_generations=4, padding_free=False)
+        padded.model.load_state_dict(ours.model.state_dict())
+        wanted = gradient(padded, made, all_rows(padded, made))[1]
+        torch.testing.assert_close(gradient(ours, made, batches)[1], wanted, rtol=1e-3, atol=2e-5 * wanted.abs().max())
+
+    def test_responses_to_one_prompt_in_more_batches_than_there_are_prompts(self, tmp_path, monkeypatch):
+        """As a rank has to that has fewer tokens than another."""
+        ours = trainer(tmp_path, advantage_estimator="grpo", num_generations=4, max_tokens_per_micro_batch=1000)
+        rollout = experience(ours).rollout
+        for count in (1, 2, 5):
+            monkeypatch.setattr(batches_of_ppo, "max_over_ranks", lambda *_, count=count: count)
+            batches = micro_batches(rollout, range(8), ours.args, ours.accelerator)
+            assert sorted(row for batch in batches for row in batch.sequence_rows) == list(range(8))
+            assert len(batches) == count
 
     def test_every_epoch_takes_all_responses_in_another_order(self, tmp_path):
         ours = trainer(tmp_path, num_ppo_epochs=2, num_mini_batches=4)
@@ -289,11 +318,13 @@ class TestFrozenLayers:
 
     @pytest.mark.parametrize("padding_free", [True, False])
     @pytest.mark.parametrize("own_reference", [True, False])
-    def test_leaving_them_out_changes_nothing(self, tmp_path, padding_free, own_reference):
+    @pytest.mark.parametrize("group", [{}, {"advantage_estimator": "grpo", "num_generations": 4}], ids=["ppo", "grpo"])
+    def test_leaving_them_out_changes_nothing(self, tmp_path, padding_free, own_reference, group):
         options = {"ref_model": save_tiny_model(tmp_path / "ref")} if own_reference else {}
+        options |= group  # whose prompts several responses share
         ours = trainer(tmp_path, num_frozen_layers=1, padding_free=padding_free, rollout_weight_clip=2.0, **options)
         made = experience(ours)
-        ours.rollout(list(ours.train_dataset)[:8])  # forgets
+        ours.rollout(list(ours.train_dataset)[:1], ours.args.num_generations)  # forgets
         batches = all_rows(ours, made)
         loss, whole = gradient(ours, made, batches)
         assert ours.lower_states.states.keys() == set(range(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fastrlhf.batching import ScoredBatch, pack_responses, score_responses
+from fastrlhf.batching import ScoredBatch, pack_sharing_prompts, score_responses
 from fastrlhf.grouping import split_by_tokens, split_into
 from fastrlhf.rollout import Rollout
 from fastrlhf.trainers.ppo.config import PPOConfig
@@ -39,15 +40,40 @@ def micro_batches(
     rollout: Rollout, rows: Sequence[int], args: PPOConfig, accelerator: Accelerator
 ) -> list[ScoredBatch]:
     """The responses `rows` in batches of one forward each, as many on every rank: with max_tokens_per_micro_batch
-    filled evenly up to it, else per_device_train_batch_size responses of similar length."""
-    lengths = [len(rollout.prompts[row]) + len(rollout.responses[row]) for row in rows]
-    if args.max_tokens_per_micro_batch is not None:
-        groups = split_by_tokens(lengths, args.max_tokens_per_micro_batch)
-        count = max_over_ranks(len(groups), accelerator)
-        groups = groups if len(groups) == count else split_into(lengths, count)
-    else:
-        order, size = sorted(range(len(rows)), key=lambda i: lengths[i]), args.micro_batch_size
+    filled evenly up to it, else per_device_train_batch_size responses of similar length. Without padding, responses to
+    one prompt are in one batch if they can, where the prompt is read once."""
+    limit = args.max_tokens_per_micro_batch
+    if limit is None:
+        size, items = args.micro_batch_size, _by_prompt(rollout, rows, args.padding_free)
+        order = [row for item in items for row in item]
         groups = [order[start : start + size] for start in range(0, len(order), size)]
-    build = pack_responses if args.padding_free else score_responses
-    chosen = [[rows[i] for i in group] for group in groups]
-    return [build(rollout.prompts, rollout.responses, group).to(args.device) for group in chosen]
+    else:
+        items = _by_prompt(rollout, rows, args.padding_free, limit)
+        chosen = split_by_tokens([_tokens(rollout, item) for item in items], limit)
+        count = max_over_ranks(len(chosen), accelerator)
+        if len(chosen) < count:
+            items = items if len(items) >= count else [[row] for row in rows]
+            chosen = split_into([_tokens(rollout, item) for item in items], count)
+        groups = [[row for i in group for row in items[i]] for group in chosen]
+    build = pack_sharing_prompts if args.padding_free else score_responses
+    return [build(rollout.prompts, rollout.responses, group).to(args.device) for group in groups]
+
+
+def _tokens(rollout: Rollout, item: Sequence[int]) -> int:
+    """Of responses to one prompt, and of the prompt."""
+    return len(rollout.prompts[item[0]]) + sum(len(rollout.responses[row]) for row in item)
+
+
+def _by_prompt(rollout: Rollout, rows: Sequence[int], together: bool, limit: float = math.inf) -> list[list[int]]:
+    """The rows, those of one prompt in one list if they are to be `together`, as far as they have at most `limit`
+    tokens; in the order of the longest of each list."""
+    items: list[list[int]] = []
+    last: dict[tuple[int, ...], list[int]] = {}  # the list that a prompt's next response goes into
+    for row in sorted(rows, key=lambda row: _tokens(rollout, [row])):
+        prompt = tuple(rollout.prompts[row])
+        item = last.get(prompt) if together else None
+        if item is None or _tokens(rollout, [*item, row]) > limit:
+            item = last[prompt] = []
+            items.append(item)
+        item.append(row)
+    return sorted(items, key=lambda item: _tokens(rollout, item[-1:]))

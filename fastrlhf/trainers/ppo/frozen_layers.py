@@ -76,7 +76,8 @@ class LowerStates:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             states, *extras = (output,) if isinstance(output, Tensor) else output
             self.extras = len(extras)
-            sequences = states if batch.packing is None else states[0].split(batch.packing.lengths)
+            packing = batch.packing
+            sequences = states if packing is None else packing.by_sequence(states[0]).split(packing.lengths)
             self.states.update(zip(batch.sequence_rows, (x.detach() for x in sequences), strict=True))
 
         hook = self.layers[-1].register_forward_hook(keep)
@@ -101,7 +102,7 @@ class LowerStates:
         """[b, L, H], or [1, N, H] of packed sequences."""
         each = [self.states[row] for row in batch.sequence_rows]
         if batch.packing is not None:
-            return torch.cat(each)[None]
+            return batch.packing.from_sequences(torch.cat(each))[None]
         # Each was kept at the length of its batch then; nothing reads what stands in the padding.
         together = each[0].new_zeros(len(each), batch.input_ids.shape[1], each[0].shape[-1])
         for row, states in zip(together, each, strict=True):
