@@ -334,7 +334,8 @@ def reward(models: Path, output: Path, resume: bool = False, **options: Any) -> 
         }
         # One rank has more steps than the other: the loss is the mean over those of both.
         args = arguments(ProcessRewardConfig, output, step_separator=" ", **options)
-        trainer = ProcessRewardTrainer(str(models / "value"), args, Dataset.from_dict(rows))
+        few = Dataset.from_dict({name: cells[:5] for name, cells in rows.items()})
+        trainer = ProcessRewardTrainer(str(models / "value"), args, Dataset.from_dict(rows), few)
     else:
         trainer = RewardTrainer(
             str(models / ("model" if "heads" in output.name else "value")),
@@ -357,9 +358,9 @@ def rewards(rank: int, folder: Path) -> dict[str, Any]:
         results[name] = {
             "weights": weights(trainer.model),
             "log": steps_of(trainer),
-            "eval": {} if "steps" in name else trainer.evaluate(),
             "packed": trainer.data_collator.packed,
             "sharded": {isinstance(p, DTensor) for p in trainer.model.parameters()},
+            "eval": trainer.evaluate(),
             "resumed": weights(reward(folder, output, resume=True, **options).model),
         }
     return results

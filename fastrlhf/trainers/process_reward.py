@@ -92,9 +92,9 @@ class ProcessRewardTrainer(BaseTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        scores, labels = (_padded(x, inputs["counts"].tolist()) for x in (outputs["scores"], inputs["labels"]))
-        return loss, scores, labels
+            scores = self._scores(model, inputs)
+        # The loss is step_metrics' to say: the Trainer would take the mean over batches, which differ in steps.
+        return None, *(_padded(x, inputs["counts"].tolist()) for x in (scores, inputs["labels"]))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -134,8 +134,8 @@ def _padded(x: Tensor, counts: list[int]) -> Tensor:
 
 
 def step_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Of log-odds and labels [b, T], -100 where there is no step: accuracy and ECE of steps, and the share of rows of
-    which the first step labelled wrong (below 0.5), or that there is none, is found."""
+    """Of log-odds and labels [b, T], -100 where there is no step: loss, accuracy and ECE of steps, and the share of
+    rows of which the first step labelled wrong (below 0.5), or that there is none, is found."""
     scores, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     there = labels != -100
     right, said = labels > 0.5, scores > 0
@@ -145,7 +145,9 @@ def step_metrics(prediction: EvalPrediction) -> dict[str, float]:
     def first(x: Tensor) -> Tensor:
         return torch.where(x.any(1), x.int().argmax(1), x.shape[1])
 
+    loss = nn.functional.binary_cross_entropy_with_logits(scores[there].double(), labels[there].double())
     return {
+        "loss": loss.item(),
         "accuracy": (right == said)[there].double().mean().item(),
         "ece": expected_calibration_error(of_label),
         "first_error_accuracy": (first(wrong) == first(seen)).double().mean().item(),

@@ -149,17 +149,21 @@ class RewardTrainer(BaseTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             chosen, rejected = self._pair_scores(model, inputs)
-            loss, _ = self._loss(chosen, rejected, {name: x for name, x in inputs.items() if name != "draws"})
         unknown = torch.full_like(chosen[:, 0], torch.nan)
-        said = [inputs.get("gap", inputs.get("margin", unknown)), inputs["length_differences"].to(chosen.dtype)]
+        margin = inputs.get("margin", unknown)
+        said = [margin, inputs.get("gap", margin), inputs["length_differences"].to(chosen.dtype)]
         labels = torch.stack([*said, *inputs.get("objectives", unknown[:, None][:, :0]).unbind(1)], dim=1)
-        return loss, torch.stack([chosen, rejected], dim=1), labels
+        # The loss is _measure's to say: of the last batch, the Trainer would count pairs twice that two ranks have.
+        return None, torch.stack([chosen, rejected], dim=1), labels
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics out of scores [n, 2, heads] and [n, 2 + objectives]: gap, length difference, label of each one."""
+        """Metrics out of scores [n, 2, heads] and [n, 3 + objectives]: margin, gap, length difference, and label of
+        each objective."""
         scores, said = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-        self.last_report = head_report(scores, said, self.settings)
-        return flat_metrics(self.last_report)
+        batch = {"margin": None if said[:, 0].isnan().any() else said[:, 0], "objectives": said[:, 3:]}
+        loss, _ = self._loss(*scores.unbind(1), batch)
+        self.last_report = head_report(scores, said[:, 1:], self.settings)
+        return {"loss": loss.item(), **flat_metrics(self.last_report)}
 
     def evaluate(
         self, eval_dataset: Any | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
