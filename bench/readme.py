@@ -46,7 +46,12 @@ LEARNING = {
     ppo_learning.FULL_LENGTH: "The same where EOS ends no response, so that the score stands in the same place on both "
     "sides (TRL has it one token after an EOS).",
 }
-PAIR_PARTS = ("cpu_s", "backward_s", "optimizer_s", "reference_s")
+PAIR_PARTS = {
+    "cpu_s": "of all threads",
+    "backward_s": "backward",
+    "optimizer_s": "optimizer",
+    "reference_s": "reference, before the training",
+}
 NOTHING = "No results are committed yet."
 
 
@@ -145,17 +150,18 @@ def _of_pairs(about: str, content: dict[str, Any]) -> str:
 
 
 def pair_parts(content: dict[str, Any]) -> str:
-    """Of every contender: memory, the step and parts of it, and what the reference takes for all pairs before."""
+    """Of every contender: memory, the step and parts of it, and what a reference takes for all pairs before."""
+    results = [result for row in content["rows"] for result in row["results"].values() if "peak_mib" in result]
+    parts = {key: title for key, title in PAIR_PARTS.items() if any(key in result for result in results)}
     lines = {}
     for row in content["rows"]:
         for name, result in row["results"].items():
             if "peak_mib" not in result:
                 continue
             title = f"{row['work']}, {row['dtype']}" if name == records.OURS else name
-            numbers = (f"{result[key]:.3g}" if key in result else "" for key in PAIR_PARTS)
+            numbers = (f"{result[key]:.3g}" if key in result else "" for key in parts)
             lines[title] = (title, f"{result['peak_mib'] / 1024:.1f}", report.time(result["median_ms"]), *numbers)
-    head = ["", "GiB", "step", "of all threads", "backward", "optimizer", "reference, before the training"]
-    return table(head, list(lines.values()))
+    return table(["", "GiB", "step", *parts.values()], list(lines.values()))
 
 
 def phases(content: dict[str, Any]) -> str:

@@ -45,9 +45,8 @@ def rows(setting: Setting) -> Iterator[Row]:
     for dtype in setting.dtypes:
         name, model = load(plan.model, dtype, setting.device)
         tokenizer, texts = _texts(plan, name, model)
-        with torch.no_grad():
-            yield _verdicts(plan, dtype, name, model, tokenizer, texts)
-            yield _scores(plan, dtype, name, model, tokenizer, texts)
+        yield _verdicts(plan, dtype, name, model, tokenizer, texts)
+        yield _scores(plan, dtype, name, model, tokenizer, texts)
 
 
 def _texts(plan: Scoring, name: str, model: nn.Module) -> tuple[Any, Texts]:
@@ -100,8 +99,9 @@ def _verdicts(plan: Scoring, dtype: str, name: str, model: nn.Module, tokenizer:
             longest = len(sequences[batch[-1]])
             # On the left, as transformers have it where the last position counts.
             padded = [[words[0].item()] * (longest - len(sequences[i])) + sequences[i] for i in batch]
-            mask = torch.tensor([[0] * (longest - len(sequences[i])) + [1] * len(sequences[i]) for i in batch])
-            output = model(torch.tensor(padded), attention_mask=mask, logits_to_keep=1, use_cache=False)
+            mask = [[0] * (longest - len(sequences[i])) + [1] * len(sequences[i]) for i in batch]
+            input_ids, mask = (torch.tensor(x, device=model.device) for x in (padded, mask))
+            output = model(input_ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
             output.logits[:, -1].double().softmax(1)[:, words]
 
     work = f"verdicts on {len(pairs)} pairs in both orders, {name}"
@@ -127,7 +127,7 @@ def _scores(plan: Scoring, dtype: str, name: str, model: nn.Module, tokenizer: A
     def transformers(_: Any) -> None:
         for batch in batches_of(sequences, BATCH, packed=False):
             input_ids, attention_mask = pad_right([sequences[i] for i in batch], pad)
-            scorer(input_ids=input_ids, attention_mask=attention_mask)
+            scorer(input_ids=input_ids.to(scorer.device), attention_mask=attention_mask.to(scorer.device))
 
     work = f"scores of {plan.answers} answers to each of {plan.prompts} prompts, {name}"
     return _row("reward", work, dtype, sequences, lambda _: reward(*map(list, texts)), transformers)

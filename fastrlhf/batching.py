@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ def pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Te
     input_ids = torch.tensor([[*s, *[pad_token_id] * (longest - len(s))] for s in sequences])
     lengths = torch.tensor([len(s) for s in sequences])
     return input_ids, (torch.arange(longest) < lengths[:, None]).long()
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    """A dataclass with what can be moved on the device."""
+    return replace(batch, **{name: x.to(device) for name, x in vars(batch).items() if hasattr(x, "to")})
 
 
 @dataclass
@@ -45,8 +51,7 @@ class ScoredBatch:
     packing: Packing | None = None
 
     def to(self, device: torch.device) -> ScoredBatch:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return ScoredBatch(**{name: x.to(device) if hasattr(x, "to") else x for name, x in fields.items()})
+        return _on(device, self)
 
     def take(self, x: Tensor) -> Tensor:
         """The values [n] of a [B, T] tensor at this batch's tokens."""
@@ -159,8 +164,7 @@ class TextBatch:
     packing: Packing | None = None
 
     def to(self, device: torch.device) -> TextBatch:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return TextBatch(**{name: x.to(device) if hasattr(x, "to") else x for name, x in fields.items()})
+        return _on(device, self)
 
 
 def text_batches(

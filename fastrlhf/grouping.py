@@ -78,6 +78,29 @@ def split_into(lengths: Sequence[int], count: int) -> list[list[int]]:
     return _balanced(lengths, range(len(lengths)), count)
 
 
+def runs_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, as they stand, cut into the fewest runs of at most `max_tokens` tokens, and of these ways
+    the one whose largest run is the smallest. A sequence longer than `max_tokens` stands alone."""
+
+    def cut(limit: int) -> list[list[int]]:
+        runs: list[list[int]] = []
+        load = 0
+        for i, length in enumerate(lengths):
+            if not runs or load + length > limit:
+                runs.append([])
+                load = 0
+            runs[-1].append(i)
+            load += length
+        return runs
+
+    fewest = len(cut(max_tokens))
+    least, most = 1, max_tokens
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if len(cut(middle)) <= fewest else (middle + 1, most)
+    return cut(least)
+
+
 def _longest_first(lengths: Sequence[int], indices: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda i: (-lengths[i], i))
 

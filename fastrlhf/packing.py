@@ -76,12 +76,11 @@ class Packing:
         positions: [N], of the packed tokens. The longest sequence, of several the first, must lie in one piece.
         """
         lengths = [len(sequence) for sequence in sequences]
-        tokens = [token for sequence in sequences for token in sequence]
-        shared = SharedTokens(
-            torch.tensor(tokens),
-            torch.from_numpy(np.unique(tokens, return_index=True)[1]),
-            [sequence[0] for sequence in sequences],
-        )
+        tokens = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+        places = np.empty(len(positions), dtype=np.int64)
+        places[tokens[::-1]] = np.arange(len(tokens))[::-1]  # of a token's several, the first is written last
+        begins = [sequence[0] for sequence in sequences]
+        shared = SharedTokens(torch.from_numpy(tokens), torch.from_numpy(places), begins)
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, torch.tensor([list(positions)]), cu_seqlens, shared)
 
@@ -132,17 +131,19 @@ def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Packi
     row: list[int] = []
     positions: list[int] = []
     made_of: list[list[int]] = [[]] * len(sequences)
-    tree: dict[int, tuple[int, dict]] = {}  # token -> its place in the row, and what follows it
+    tree: dict[int, int] = {}  # (the place before, from 1 on, or 0) * 2^32 + token -> its place in the row
     # The longest first, so that it is in one piece.
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        branch, places = tree, []
+        before, places = 0, []
         for position, token in enumerate(sequences[i]):
-            if token not in branch:
-                branch[token] = len(row), {}
+            key = before << 32 | token
+            place = tree.get(key)
+            if place is None:
+                place = tree[key] = len(row)
                 row.append(token)
                 positions.append(position)
-            place, branch = branch[token]
             places.append(place)
+            before = place + 1
         made_of[i] = places
     lengths = [len(sequence) for sequence in sequences]
     if len(row) < sum(lengths):

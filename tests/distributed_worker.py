@@ -316,6 +316,7 @@ REWARD_RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp, lora": {},
     "ddp, heads": {"num_heads": 3},
+    "ddp, padded": {},
     "ddp, steps": {},
     "fsdp": {"fsdp": True},
     "fsdp, padded": {"fsdp": True},

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrlhf.batching import pack_responses, pack_sharing_prompts, pad_right, score_responses, text_batches
-from fastrlhf.grouping import PASS_COST, batches_of, group_by_length, split_by_tokens, split_into
+from fastrlhf.grouping import PASS_COST, batches_of, group_by_length, runs_by_tokens, split_by_tokens, split_into
 from fastrlhf.packing import Packing, share_prefixes
 
 PROMPTS, RESPONSES = [[1, 2], [3], [4, 5, 6], [7, 7]], [[7, 8, 9], [10], [11, 12], []]
@@ -91,6 +91,21 @@ class TestTokenBudget:
         assert all(groups)
         least = min(max(loads(g, lengths)) for g in groupings(list(range(len(lengths)))) if len(g) == count)
         assert 3 * count * max(loads(groups, lengths)) <= (4 * count - 1) * least
+
+    @given(st.lists(st.integers(1, 20), max_size=8), st.integers(1, 40))
+    def test_runs_are_the_fewest_and_of_these_the_most_even(self, lengths, budget):
+        runs = runs_by_tokens(lengths, budget)
+        assert [i for run in runs for i in run] == list(range(len(lengths)))
+        if not lengths:
+            return
+        allowed = [
+            cut
+            for cut in contiguous_groupings(list(range(len(lengths))))
+            if all(load <= budget or len(run) == 1 for run, load in zip(cut, loads(cut, lengths), strict=True))
+        ]
+        fewest = min(map(len, allowed))
+        assert len(runs) == fewest
+        assert max(loads(runs, lengths)) == min(max(loads(cut, lengths)) for cut in allowed if len(cut) == fewest)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="max_tokens=0 must be at least 1"):

@@ -132,9 +132,10 @@ def test_one_forward_for_both_sides_and_only_responses_reach_the_vocabulary(tmp_
     with Recorder() as recorder:
         loss_of(ours)
     assert len(called) == 1
-    prompts = sum(len(tiny_tokenizer()(prompt)["input_ids"]) for prompt in PAIRS["prompt"])
-    fed = sum(len(response) - 1 for _, response in responses(PAIRS))
-    assert called[0][2].last_hidden_state.shape[:2] == (1, prompts + fed)  # each prompt once
+    fed = [prompt + response[:-1] for prompt, response in responses(PAIRS)]
+    beginnings = {tuple(tokens[: end + 1]) for tokens in fed for end in range(len(tokens))}
+    assert called[0][2].last_hidden_state.shape[:2] == (1, len(beginnings))  # each prompt once
+    assert len(beginnings) < sum(map(len, fed))
     assert recorder.rows == {"linear_token_log_probs": [sum(len(response) for _, response in responses(PAIRS))]}
 
 

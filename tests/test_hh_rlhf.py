@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_model
+from tiny import CHAT, save_tiny_model
 
 from fastrlhf.cli import main
 from fastrlhf.rewards import RewardModel
@@ -102,6 +102,16 @@ class TestAlternatives:
             assert made
             assert all(row["prompt"].endswith("\n\nAssistant:") for row in made)
             data = ("--model", model, "--dataset", f"{name}/preferences.jsonl", *FLAGS)
-            drop = ("--pair_empty_completions", "keep")
-            assert main(["reward", *data, *drop, "--output_dir", f"{name}-rm"]) == 0
-            assert main(["dpo", *data, *drop, "--output_dir", f"{name}-dpo"]) == 0
+            keep = ("--pair_empty_completions", "keep")
+            assert main(["reward", *data, *keep, "--output_dir", f"{name}-rm"]) == 0
+            assert main(["dpo", *data, *keep, "--output_dir", f"{name}-dpo"]) == 0
+
+    def test_a_model_with_a_chat_template_is_shown_the_turns(self, folder, tmp_path):
+        model = save_tiny_model(tmp_path / "chat", chat=CHAT)
+        written = ("constitutional", "--model", model, "--dataset", folder, "--response_length", "4")
+        assert main([*written, "--output_dir", "revised"]) == 0
+        turns = lines("revised/revisions.jsonl")[1]["prompt"]
+        assert [turn["content"] for turn in turns] == ["hi", "hello", "film 1"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+        for row in lines("revised/preferences.jsonl"):
+            assert row["chosen"][0]["role"] == "assistant"

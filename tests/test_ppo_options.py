@@ -140,12 +140,11 @@ class TestBatches:
         batches = all_rows(ours, made)
         rollout, limit = made.rollout, options.get("max_tokens_per_micro_batch", math.inf)
         for batch in batches:
-            assert batch.input_ids.numel() <= limit
+            assert sum(len(rollout.prompts[row] + rollout.responses[row]) for row in batch.sequence_rows) <= limit
             fed = [rollout.prompts[row] + rollout.responses[row][:-1] for row in batch.sequence_rows]
             beginnings = {tuple(tokens[: end + 1]) for tokens in fed for end in range(len(tokens))}
             assert batch.input_ids.numel() == len(beginnings) < sum(map(len, fed))
-        read = sum(batch.input_ids.numel() for batch in batches)
-        assert read <= sum(map(len, rollout.prompts)) / 4 + sum(map(len, rollout.responses))
+            assert len({tuple(rollout.prompts[row]) for row in batch.sequence_rows}) == 1
         padded = trainer(tmp_path, advantage_estimator="grpo", num_generations=4, padding_free=False)
         padded.model.load_state_dict(ours.model.state_dict())
         wanted = gradient(padded, made, all_rows(padded, made))[1]

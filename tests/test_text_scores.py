@@ -4,7 +4,7 @@ import pytest
 import torch
 from causal_models import MODELS, SIZES, assert_as_good_as_own, in_fp64, randomised, rms
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_tokenizer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
@@ -131,6 +131,70 @@ def test_a_model_whose_score_is_more_than_its_heads_is_padded():
     assert takes_packing(build("llama"))
 
 
+def test_logits_without_a_column_for_the_label(tmp_path):
+    """As classifiers come that keep their code beside their weights."""
+
+    class Flat(type(build("llama"))):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits[:, 0]
+            return output
+
+    model = randomised(Flat(CONFIG_MAPPING["llama"](**SIZES, num_labels=1))).eval()
+    tokenizer = tiny_tokenizer(pad_is_eos=False)
+    scores = RewardModel(model, tokenizer)(["hi", "the film"], [" good", " was bad"])
+    for text, score in zip(("hi good", "the film was bad"), scores, strict=True):
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), rel=1e-4, abs=1e-5)
+
+
+def test_prompt_tuning_is_padded(tmp_path):
+    """Its virtual tokens would be packed beside the texts'."""
+    lora, prompt = LoraConfig(task_type="SEQ_CLS"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    rows = Dataset.from_dict({"prompt": ["hi"], "chosen": [" good"], "rejected": [" bad"]})
+    args = RewardConfig(str(tmp_path), max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
+    for adapter, packed in ((lora, True), (prompt, False)):
+        model, tokenizer = build("llama"), tiny_tokenizer(pad_is_eos=False)
+        trainer = RewardTrainer(model, args, rows, processing_class=tokenizer, peft_config=adapter)
+        assert trainer.data_collator.packed == packed
+        assert trainer.train().training_loss > 0
+
+
+def test_what_tells_sequences_by_position_zero_does_not_know_branches():
+    """It mixes each token with the one before, unless that is another sequence's by its position."""
+
+    class Shifted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden_states, *args, position_ids=None, **kwargs):
+            before = hidden_states.roll(1, 1)
+            first = torch.arange(hidden_states.shape[1]) == 0 if position_ids is None else position_ids[0] == 0
+            return self.layer(
+                hidden_states + before.masked_fill(first[:, None], 0), *args, position_ids=position_ids, **kwargs
+            )
+
+    model = build("llama")
+    model.model.layers[1] = Shifted(model.model.layers[1])
+    unshared = text_batches([[5, 6, 7], [8, 9]], 2, packed=True)
+    alone = torch.cat([text_scores(model, text_batches([x], 2, packed=False), 1) for x in ([5, 6, 7], [8, 9])])
+    torch.testing.assert_close(text_scores(model, unshared, 2), alone)
+    assert not takes_packing(model)
+
+
+def test_one_large_feature_hides_nothing():
+    model = build("bloom").bfloat16()
+    model.transformer.ln_f.bias.data[0] += 100
+    assert not takes_packing(model)
+
+
+def test_nothing_is_known_on_the_meta_device():
+    with torch.device("meta"):
+        model = build("llama")
+    assert not takes_packing(model)
+
+
 def test_a_head_of_zeros_hides_nothing():
     """It gives all texts the same score, packed or not."""
     model = build("bloom")
@@ -141,5 +205,7 @@ def test_a_head_of_zeros_hides_nothing():
 def test_the_model_is_left_in_the_mode_it_was_in():
     for name in ("llama", "bloom"):
         model = build(name).train()
+        model.score.eval()
         takes_packing(model)
         assert model.training
+        assert not model.score.training

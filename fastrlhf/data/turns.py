@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 
-from fastrlhf.data.cells import Message
+from fastrlhf.data.cells import Message, Text
 from fastrlhf.data.encode import Encoder, Rendered
 
 # A turn of a transcript as in hh-rlhf, up to the next speaker or the end.
@@ -20,6 +20,13 @@ def parse_transcript(text: str) -> list[dict[str, str]]:
     """
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in TRANSCRIPT_TURN.findall(text)]
+
+
+def waiting_turns(prompt: Text) -> Text:
+    """The messages of a transcript as in hh-rlhf that ends where the assistant is to speak; another prompt as it is."""
+    if isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith("\n\nAssistant:"):
+        return parse_transcript(prompt)[:-1]
+    return prompt
 
 
 def turn_ends(encoder: Encoder, text: Rendered, messages: list[Message] | None, ids: list[int], row: int) -> list[int]:

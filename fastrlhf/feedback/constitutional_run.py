@@ -9,6 +9,7 @@ from typing import Any
 
 from fastrlhf.cli_arguments import parse
 from fastrlhf.data import prompt_texts
+from fastrlhf.data.turns import waiting_turns
 from fastrlhf.feedback.arguments import ConstitutionalArguments
 from fastrlhf.feedback.constitutional import Constitutional
 from fastrlhf.feedback.judge import LMJudge
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> None:
     records = Records(args.output_dir, "revisions.jsonl", settings(args, data, principles=told))
     model, tokenizer, engine, sampling = writer(args.model, args)
     revise = Constitutional(engine, tokenizer, principles, sampling, rounds=args.rounds, context=context_of(model))
+    if tokenizer.chat_template:
+        prompts = [waiting_turns(prompt) for prompt in prompts]
     judge = PairJudge(LMJudge(model, tokenizer)) if args.judge_revisions else None
     for batch in batches(len(data), records.done, args.batch_size):
         asked = [prompts[row] for row in batch]

@@ -38,6 +38,7 @@ class RewardModel:
     What `reward_model.json` in the model's folder says of its heads is followed; a model without is a single head.
     Prompt and completion become the very tokens that RewardTrainer would make of them (fastrlhf.data.encode), EOS
     included, whether or not the response came to one. A model that scores every turn sums over those of the completion.
+    One call at a time: packed texts are told apart through the model.
     """
 
     def __init__(

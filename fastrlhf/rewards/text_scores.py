@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastrlhf.batching import TextBatch, text_batches
-from fastrlhf.packed_forward import run, same_up_to_rounding, why_not_packed
+from fastrlhf.packed_forward import run, why_not_packed
 from fastrlhf.packing import Packing
+
+logger = logging.getLogger(__name__)
 
 
 def score_in_fp32(model: nn.Module) -> nn.Module:
@@ -29,28 +32,30 @@ def place_scores(model: nn.Module, batch: TextBatch) -> Tensor:
     own forward left as it is. Raises ValueError for a model without a head named `score` then.
     """
     if batch.packing is None and batch.at_ends:
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits.float().view(len(batch.input_ids), -1)
     return _at_head(model, batch.input_ids, batch.attention_mask, batch.packing)[1][batch.places].float()
 
 
 def _at_head(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, packing: Packing | None
-) -> tuple[Tensor, Tensor]:
-    """What goes into the score head and what comes out, [b L, H] and [b L, heads], at every position."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes into the score head and what comes out, [b L, H] and [b L, heads], at every position, and the logits
+    that the model returns."""
     head = next((module for name, module in model.named_modules() if name.split(".")[-1] == "score"), None)
     if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no head named `score` to take the scores at turns from")
+        raise ValueError(f"model: {type(model).__name__} has no head named `score` to take scores within texts from")
     kept: list[tuple[Tensor, Tensor]] = []
     handle = head.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
     try:
         if packing is None:
-            model(input_ids=input_ids, attention_mask=attention_mask)
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
         else:
-            run(model, input_ids, packing)
+            logits = run(model, input_ids, packing).logits
     finally:
         handle.remove()
     hidden, scores = kept[-1]
-    return hidden.flatten(0, 1), scores.flatten(0, 1)
+    return hidden.flatten(0, 1), scores.flatten(0, 1), logits
 
 
 def text_scores(model: nn.Module, batches: Sequence[TextBatch], count: int) -> Tensor:
@@ -71,18 +76,19 @@ def scores_by_place(model: nn.Module, batches: Sequence[TextBatch]) -> Tensor:
 
 
 def takes_packing(model: nn.Module) -> bool:
-    """Whether the model gives packed texts the scores that each has alone, at every position, and returns the last."""
+    """Whether the model gives packed texts the scores that each has alone, which are its head's, and returns that of
+    the last token."""
 
     def states(input_ids: Tensor, packing: Packing | None) -> Tensor:
-        hidden, scores = _at_head(model, input_ids, torch.ones_like(input_ids), packing)
-        if packing is None and input_ids[0, -1] != model.config.pad_token_id:
-            own = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[0]
-            if not same_up_to_rounding(scores[-1], own):
-                raise ValueError(f"{type(model).__name__} returns another score than its head's at the last token")
-        # A new head may be all zeros. The dtype says how much rounding there is.
-        return torch.cat([hidden, scores], dim=1).to(next(model.parameters()).dtype)
+        hidden, scores, logits = _at_head(model, input_ids, torch.ones_like(input_ids), packing)
+        if packing is None and input_ids[0, -1] != model.config.pad_token_id and not torch.equal(scores[-1], logits[0]):
+            raise ValueError("it returns another score than that of its head at the last token")
+        return hidden.to(next(model.parameters()).dtype)  # which says how much rounding there is
 
-    return why_not_packed(model, states) is None
+    reason = why_not_packed(model, states)
+    if reason is not None:
+        logger.info("%s: texts are padded: %s", type(model).__name__, reason)
+    return reason is None
 
 
 def sequence_scores(

@@ -47,7 +47,10 @@ class DPOConfig(PairArguments, TrainingArguments):
     )
     share_prompts: bool = field(
         default=True,
-        metadata={"help": "Without padding, a prompt is computed once for all completions of a batch that follow it."},
+        metadata={
+            "help": "Without padding, what several texts of a batch begin with is computed once: a prompt, for all "
+            "completions that follow it, and the words that these begin with alike."
+        },
     )
     lm_head: Literal["fused", "logits"] = field(default="fused", metadata={"help": LM_HEAD_HELP})
 

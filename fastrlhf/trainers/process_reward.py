@@ -55,10 +55,11 @@ class ProcessRewardTrainer(BaseTrainer):
         def prepared(dataset: Dataset) -> Dataset:
             return prepare_steps(dataset, tokenizer, args.max_length, args.step_separator)
 
+        model = with_adapter(model, peft_config)
         super().__init__(
-            model=with_adapter(model, peft_config),
+            model=model,
             args=args,
-            data_collator=StepCollator(tokenizer.pad_token_id, takes_packing(model)),
+            data_collator=StepCollator(tokenizer.pad_token_id, packed=takes_packing(model)),
             train_dataset=prepared(train_dataset),
             eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,
@@ -111,7 +112,7 @@ class StepCollator:
 
     one_batch = False
 
-    def __init__(self, pad_token_id: int, packed: bool) -> None:
+    def __init__(self, pad_token_id: int, *, packed: bool) -> None:
         self.pad_token_id, self.packed = pad_token_id, packed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class ReferenceLogProbs:
 
     def _digest(self, pairs: Dataset) -> str:
         args, config = self.args, self.scorer.config
-        settings = [args.per_device_eval_batch_size, args.padding_free, args.share_prompts, args.lm_head]
+        sharing = args.share_prompts and "beginnings"
+        settings = [args.per_device_eval_batch_size, args.padding_free, sharing, args.lm_head]
         settings += [args.bf16, args.fp16]
         digest = hashlib.sha256(f"{self.key} {settings} {config._attn_implementation}".encode())
         for batch in pairs.select_columns(TOKENS).iter(1000):

@@ -97,10 +97,11 @@ class RewardTrainer(BaseTrainer):
         train = prepared(train_dataset)
         if args.num_heads > 1:
             train = train.add_column("draws", bootstrap_draws(len(train), args.num_heads, args.seed))
+        model = with_adapter(model, peft_config)
         super().__init__(
-            model=with_adapter(model, peft_config),
+            model=model,
             args=args,
-            data_collator=PreferenceCollator(tokenizer.pad_token_id, takes_packing(model), args.objectives),
+            data_collator=PreferenceCollator(tokenizer.pad_token_id, args.objectives, packed=takes_packing(model)),
             train_dataset=train,
             eval_dataset=prepare_eval(eval_dataset, prepared),
             processing_class=tokenizer,

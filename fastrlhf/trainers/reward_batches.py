@@ -22,7 +22,7 @@ class PreferenceCollator:
 
     one_batch = False
 
-    def __init__(self, pad_token_id: int, packed: bool, objectives: list[str] | None = None) -> None:
+    def __init__(self, pad_token_id: int, objectives: list[str] | None = None, *, packed: bool) -> None:
         self.pad_token_id, self.packed = pad_token_id, packed
         self.objectives = objectives or []
 

@@ -3,6 +3,7 @@ vocabulary."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 
 from fastrlhf.fused_layers import fuse_layers
 from fastrlhf.packed_attention import packed_attention
-from fastrlhf.packed_forward import check_packing, run, same_up_to_rounding, why_not_packed
+from fastrlhf.packed_forward import check_packing, run, why_not_packed
 from fastrlhf.packing import Packing
 from fastrlhf.trainers.lm_heads import lm_head, registered_lm_head, unsupported
 from fastrlhf.trainers.scored_tokens import FromHidden, FromLogits, ScoredTokens
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[ScoredTokens], Any]
 
@@ -57,7 +60,10 @@ class TokenScorer(nn.Module):
         if self.fused:
             self._check_head()
         if padding_free is None:
-            self.padding_free = why_not_packed(causal_lm(model), self._states) is None
+            reason = why_not_packed(causal_lm(model), self._states)
+            self.padding_free = reason is None
+            if reason is not None:
+                logger.info("%s: sequences are padded: %s", type(causal_lm(model)).__name__, reason)
         elif padding_free:
             check_packing("model", causal_lm(model), self._states)
 
@@ -183,10 +189,10 @@ class TokenScorer(nn.Module):
             return ours, scored.head.from_product(ramp_like(ours))
 
         (ours, of_large), _ = self.score(tokens[None], torch.arange(2, device=self.device), tokens, 1.0, logits)
-        same = same_up_to_rounding(ours, model(**inputs).logits[0])
+        same = same_logits(ours, model(**inputs).logits[0])
         if same and registered_lm_head(model) is None:  # one of these may give another product and no scale
             hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: ramp_like(output))
-            same = same_up_to_rounding(of_large, model(**inputs).logits[0])
+            same = same_logits(of_large, model(**inputs).logits[0])
             hook.remove()
         model.train(training)
         if not same:
@@ -203,3 +209,11 @@ def part_of(state_dict: dict[str, Tensor] | None, name: str) -> dict[str, Tensor
 def ramp_like(logits: Tensor) -> Tensor:
     """In every row, numbers from far below to far above any softcap."""
     return torch.linspace(-1000, 1000, logits.shape[-1], device=logits.device).to(logits.dtype).expand_as(logits)
+
+
+def same_logits(ours: Tensor, wanted: Tensor) -> bool:
+    """Up to the roundings of the dtype that they come from, or of TF32."""
+    if ours.shape != wanted.shape:
+        return False
+    tolerance = max(1e-3, 4 * torch.finfo(ours.dtype).eps) * wanted.nan_to_num().abs().max().item()
+    return torch.allclose(ours.float(), wanted.float(), rtol=0, atol=tolerance, equal_nan=True)

@@ -236,8 +236,8 @@ class PPOConfig(TrainingArguments):
     max_tokens_per_micro_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens in one forward and backward, prompts included, in place of per_device_train_batch_size: "
-            "long and short responses then fill micro-batches evenly."
+            "help": "Tokens in one forward and backward, each response counted with its prompt, in place of "
+            "per_device_train_batch_size: long and short responses then fill micro-batches evenly."
         },
     )
     num_frozen_layers: int = field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastrlhf.batching import ScoredBatch, pack_sharing_prompts, score_responses
-from fastrlhf.grouping import split_by_tokens, split_into
+from fastrlhf.grouping import runs_by_tokens, split_by_tokens, split_into
 from fastrlhf.rollout import Rollout
 from fastrlhf.trainers.ppo.config import PPOConfig
 from fastrlhf.trainers.ppo.targets import Targets
@@ -41,39 +40,29 @@ def micro_batches(
 ) -> list[ScoredBatch]:
     """The responses `rows` in batches of one forward each, as many on every rank: with max_tokens_per_micro_batch
     filled evenly up to it, else per_device_train_batch_size responses of similar length. Without padding, responses to
-    one prompt are in one batch if they can, where the prompt is read once."""
-    limit = args.max_tokens_per_micro_batch
-    if limit is None:
-        size, items = args.micro_batch_size, _by_prompt(rollout, rows, args.padding_free)
-        order = [row for item in items for row in item]
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
+    one prompt stand beside each other, and those of a batch share what they begin with."""
+    prompts = [tuple(rollout.prompts[row]) for row in rows]
+    lengths = [len(prompt) + len(rollout.responses[row]) for prompt, row in zip(prompts, rows, strict=True)]
+    grouped = args.padding_free and len(set(prompts)) < len(prompts)
+    order = _by_prompt(prompts, lengths) if grouped else sorted(range(len(rows)), key=lambda i: lengths[i])
+    if args.max_tokens_per_micro_batch is not None:
+        groups = split_by_tokens(lengths, args.max_tokens_per_micro_batch)
+        if grouped:
+            runs = runs_by_tokens([lengths[i] for i in order], args.max_tokens_per_micro_batch)
+            groups = [[order[i] for i in run] for run in runs] if len(runs) <= len(groups) else groups
+        count = max_over_ranks(len(groups), accelerator)
+        groups = groups if len(groups) == count else split_into(lengths, count)
     else:
-        items = _by_prompt(rollout, rows, args.padding_free, limit)
-        chosen = split_by_tokens([_tokens(rollout, item) for item in items], limit)
-        count = max_over_ranks(len(chosen), accelerator)
-        if len(chosen) < count:
-            items = items if len(items) >= count else [[row] for row in rows]
-            chosen = split_into([_tokens(rollout, item) for item in items], count)
-        groups = [[row for i in group for row in items[i]] for group in chosen]
+        size = args.micro_batch_size
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
     build = pack_sharing_prompts if args.padding_free else score_responses
-    return [build(rollout.prompts, rollout.responses, group).to(args.device) for group in groups]
+    chosen = [[rows[i] for i in group] for group in groups]
+    return [build(rollout.prompts, rollout.responses, group).to(args.device) for group in chosen]
 
 
-def _tokens(rollout: Rollout, item: Sequence[int]) -> int:
-    """Of responses to one prompt, and of the prompt."""
-    return len(rollout.prompts[item[0]]) + sum(len(rollout.responses[row]) for row in item)
-
-
-def _by_prompt(rollout: Rollout, rows: Sequence[int], together: bool, limit: float = math.inf) -> list[list[int]]:
-    """The rows, those of one prompt in one list if they are to be `together`, as far as they have at most `limit`
-    tokens; in the order of the longest of each list."""
-    items: list[list[int]] = []
-    last: dict[tuple[int, ...], list[int]] = {}  # the list that a prompt's next response goes into
-    for row in sorted(rows, key=lambda row: _tokens(rollout, [row])):
-        prompt = tuple(rollout.prompts[row])
-        item = last.get(prompt) if together else None
-        if item is None or _tokens(rollout, [*item, row]) > limit:
-            item = last[prompt] = []
-            items.append(item)
-        item.append(row)
-    return sorted(items, key=lambda item: _tokens(rollout, item[-1:]))
+def _by_prompt(prompts: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> list[int]:
+    """Indices of responses, those to one prompt beside each other, in the order of the longest of each prompt."""
+    longest: dict[tuple[int, ...], tuple[int, int]] = {}
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        longest[prompt] = max(longest.get(prompt, (0, i)), (length, i))
+    return sorted(range(len(prompts)), key=lambda i: (longest[prompts[i]], lengths[i]))
