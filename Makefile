@@ -1,6 +1,6 @@
 # make demo        the whole way from a clone: environment, SFT, reward model, PPO, and the numbers in runs/demo
 # make demo QUICK=1   every stage in a few minutes, without targets
-# make compare     the alternatives to PPO in one table, in runs/compare; hours. QUICK=1 as above
+# make compare     the alternatives to PPO in one table, in runs/compare, in an hour and a half. QUICK=1 as above
 # make test        all tests          make lint   style          make gpu-audit   GPU kernels, compiled without a GPU
 # make bench       the ops beside their peers, which it installs in .venv-bench, and fastrlhf.compat beside the functions
 #                  that it replaces; results in bench/results

@@ -11,7 +11,7 @@ from fastrlhf.demo.recipe import DemoArguments
 
 @dataclass(frozen=True)
 class Recipe(demo.Recipe):
-    """What the stages do, beyond those of the demo. Chosen for 2 CPU cores and 2.5 hours with 3 seeds."""
+    """What the stages do, beyond those of the demo. Chosen for 2 CPU cores and 1.5 hours with 3 seeds."""
 
     num_candidates: int = 16
     # Rejection sampling
