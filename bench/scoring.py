@@ -114,7 +114,8 @@ def _scores(plan: Scoring, dtype: str, name: str, model: nn.Module, tokenizer: A
     from fastrlhf.rewards import RewardModel
 
     torch.manual_seed(0)
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1})
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
     scorer = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).eval()
     scorer.base_model.load_state_dict(model.base_model.state_dict())
     scorer.to(model.device)
