@@ -135,6 +135,7 @@ def pairs(tokenizer: Any, texts: list[str], plan: Pairs) -> list[dict[str, str]]
 
 
 def worker_plan(step: PairStep, plan: Pairs, folder: str, rows: list[dict[str, str]], contender: Contender) -> Plan:
+    products = "bf16" if contender.arguments.get("bf16") else contender.dtype
     arguments = {
         "max_steps": plan.steps,
         "per_device_train_batch_size": plan.pairs,
@@ -149,7 +150,7 @@ def worker_plan(step: PairStep, plan: Pairs, folder: str, rows: list[dict[str, s
         contender.provider,
         folder,
         str(FLOATS[contender.dtype]).removeprefix("torch."),
-        plan.attention[contender.dtype],  # of TRL; ours packs with its own
+        plan.attention[products],  # of TRL; ours packs with its own
         rows,
         arguments,
         torch.get_num_threads(),

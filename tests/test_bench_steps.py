@@ -243,6 +243,8 @@ class TestPairs:
             *[("ours", dtype, heads) for heads in ([1, 5] if reward else [1]) for dtype in ("float32", "bfloat16")],
             *[("TRL", dtype, 1) for dtype in ("float32", "bfloat16", "float32", "float32")],
         ]
+        attention = TINY.dpo.attention
+        assert [plan.attention for plan in plans[-4:]] == [attention[x] for x in ("fp32", "bf16", "bf16", "fp32")]
         assert len({json.dumps(plan.pairs) for plan in plans}) == 1
         own = {"precompute_ref_log_probs", "gradient_checkpointing", "bf16", "num_heads"}
         same = [{name: x for name, x in plan.arguments.items() if name not in own} for plan in plans]
