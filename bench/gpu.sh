@@ -4,8 +4,8 @@
 #
 #   bench/gpu.sh [PART...]
 #
-# Without arguments every part runs: peers build tests log_probs lm_head losses advantages calls accuracy rollout. Needs
-# a Python with a CUDA build of torch, a C++ compiler, pytest and rich, for the rollouts transformers and peft too;
+# Without arguments every part runs: peers build tests log_probs lm_head losses advantages calls accuracy rollout scoring.
+# Needs a Python with a CUDA build of torch, a C++ compiler, pytest and rich, for the last two transformers and peft too;
 # nothing is downloaded. PYTHON chooses the Python (python3). Peers that it can import take part. Others can come along
 # as wheels in bench/wheels/ (not in version control), fetched elsewhere, for Python 3.12 say, with
 #
@@ -84,7 +84,7 @@ build() {
 
 bench() {
     local families=(kernels --only "$1")
-    [[ $1 == rollout ]] && families=(rollout)
+    [[ $1 == rollout || $1 == scoring ]] && families=("$1")
     PYTHONPATH=$PYTHONPATH:$PEERS "$PYTHON" -m fastrlhf bench "${families[@]}" --device cuda
 }
 
@@ -98,14 +98,15 @@ compgen -G 'bench/wheels/*.whl' > /dev/null && part "peers" 60 bash -c unpack
 part "build" 240 bash -c build || exit 1
 # Only the files that hold such tests: others import what a bare machine does not have.
 mapfile -t WITH_GPU_TESTS < <(grep -l 'pytest.mark.gpu' tests/test_*.py)
-part "tests" 240 "$PYTHON" -m pytest -m gpu -p no:cacheprovider "${WITH_GPU_TESTS[@]}"
-part "log_probs" 220 bash -c "bench log_probs"
-part "lm_head" 230 bash -c "bench lm_head"
+part "tests" 220 "$PYTHON" -m pytest -m gpu -p no:cacheprovider "${WITH_GPU_TESTS[@]}"
+part "log_probs" 200 bash -c "bench log_probs"
+part "lm_head" 210 bash -c "bench lm_head"
 part "losses" 120 bash -c "bench losses"
 part "advantages" 100 bash -c "bench advantages"
 part "calls" 80 bash -c "bench calls"
 part "accuracy" 60 bash -c "bench accuracy"
 part "rollout" 150 bash -c "bench rollout"
+part "scoring" 60 bash -c "bench scoring"
 
 printf '\n%s minutes\n' $(((SECONDS + 59) / 60))
 if ((${#FAILED[@]})); then
