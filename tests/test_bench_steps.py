@@ -301,7 +301,7 @@ class TestPairs:
 
 
 class TestScoring:
-    def test_ours_and_transformers_read_the_same_texts(self, tmp_path):
+    def test_every_row_times_ours_and_transformers(self, tmp_path):
         rows = [measure(row, Stopwatch(), 0.0) for row in scoring.rows(TINY)]
         assert [(row["op"], row["dtype"]) for row in rows] == [
             (op, dtype) for dtype in TINY.dtypes for op in ("judge", "reward")
