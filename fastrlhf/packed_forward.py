@@ -43,8 +43,8 @@ def why_not_packed(model: nn.Module, states: Callable[[Tensor, Packing | None], 
         try:
             for sequences in ([first, second, third], shared):
                 row, packing, _ = share_prefixes(sequences)
-                together = states(torch.tensor([row], device=device), packing.to(device))
-                together = packing.to(device).by_sequence(together)
+                packing = packing.to(device)
+                together = packing.by_sequence(states(torch.tensor([row], device=device), packing))
                 alone = [states(torch.tensor([sequence], device=device), None) for sequence in sequences]
                 if not same_states(together, torch.cat(alone)):
                     return NotPackedError(
